@@ -167,6 +167,7 @@ class SessionOpened(Message, tag="opened"):
     session: str
     model: str
     max_context_tokens: int
+    vocab_size: int
 
 
 class RoundAccepted(Message, tag="accepted"):
@@ -433,6 +434,7 @@ class Heartbeat(Message, tag="heartbeat"):
     seq: int
     model: str
     max_context_tokens: int
+    vocab_size: int
     layout_hash: str
     kv_endpoints: tuple[str, ...]
     num_blocks: int
