@@ -120,14 +120,14 @@ class ChatInput(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
 RoundInput = TokensInput | TextInput | ChatInput
 
 
-class OpenSession(Message, tag="open"):
+class OpenSession(Message, frozen=True, kw_only=True, tag="open"):
     """Open the session named in the subject. Opening an open session with equal options is a success."""
 
     slo: Slo = Slo()
     idle_timeout_s: float = 600.0
 
 
-class SubmitRound(Message, tag="round"):
+class SubmitRound(Message, frozen=True, kw_only=True, tag="round"):
     """One round. The same idempotency_key again returns the first answer and starts nothing."""
 
     input: RoundInput
@@ -139,21 +139,21 @@ class SubmitRound(Message, tag="round"):
     stream_encoding: Encoding | None = None  # None: as the request was encoded
 
 
-class CancelRound(Message, tag="cancel"):
+class CancelRound(Message, frozen=True, kw_only=True, tag="cancel"):
     """Cancel the round in flight (`round` None or its index). A round that has ended is left as it is."""
 
     round: int | None = None
 
 
-class CloseSession(Message, tag="close"):
+class CloseSession(Message, frozen=True, kw_only=True, tag="close"):
     """Close the session; a round in flight is cancelled; every block is given back."""
 
 
-class InspectSession(Message, tag="inspect"):
+class InspectSession(Message, frozen=True, kw_only=True, tag="inspect"):
     include_tokens: bool = False
 
 
-class ReadRound(Message, tag="read_round"):
+class ReadRound(Message, frozen=True, kw_only=True, tag="read_round"):
     """The output of a round from output index `start_index`: how a client fills a gap in its stream."""
 
     round: int
@@ -163,14 +163,14 @@ class ReadRound(Message, tag="read_round"):
 ClientRequest = OpenSession | SubmitRound | CancelRound | CloseSession | InspectSession | ReadRound
 
 
-class SessionOpened(Message, tag="opened"):
+class SessionOpened(Message, frozen=True, kw_only=True, tag="opened"):
     session: str
     model: str
     max_context_tokens: int
     vocab_size: int
 
 
-class RoundAccepted(Message, tag="accepted"):
+class RoundAccepted(Message, frozen=True, kw_only=True, tag="accepted"):
     session: str
     round: int
     stream: str  # subject of the round's tokens
@@ -178,7 +178,7 @@ class RoundAccepted(Message, tag="accepted"):
     num_input_tokens: int
 
 
-class RoundCancelled(Message, tag="cancelled"):
+class RoundCancelled(Message, frozen=True, kw_only=True, tag="cancelled"):
     """`cancelled` is False when there was nothing in flight."""
 
     session: str
@@ -186,7 +186,7 @@ class RoundCancelled(Message, tag="cancelled"):
     cancelled: bool
 
 
-class SessionClosed(Message, tag="closed"):
+class SessionClosed(Message, frozen=True, kw_only=True, tag="closed"):
     session: str
     num_rounds: int
 
@@ -201,7 +201,7 @@ class RoundInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class SessionInfo(Message, tag="session_info"):
+class SessionInfo(Message, frozen=True, kw_only=True, tag="session_info"):
     session: str
     state: Literal["idle", "running", "closed"]
     decode_worker: str | None
@@ -210,7 +210,7 @@ class SessionInfo(Message, tag="session_info"):
     token_ids: TokenIds | None = None  # every finished round's tokens, when asked for
 
 
-class RoundSnapshot(Message, tag="round_snapshot"):
+class RoundSnapshot(Message, frozen=True, kw_only=True, tag="round_snapshot"):
     """Output tokens from start_index; `finished`/`failed` are set when the round has ended."""
 
     session: str
@@ -222,7 +222,7 @@ class RoundSnapshot(Message, tag="round_snapshot"):
     failed: RoundFailed | None = None
 
 
-class ErrorReply(Message, tag="error"):
+class ErrorReply(Message, frozen=True, kw_only=True, tag="error"):
     code: ErrorCode
     message: str
     retry_after_s: float | None = None
@@ -231,7 +231,7 @@ class ErrorReply(Message, tag="error"):
 # -------------------------------------------------------- decode worker -> client and coordinator
 
 
-class RoundTokens(Message, tag="tokens"):
+class RoundTokens(Message, frozen=True, kw_only=True, tag="tokens"):
     """Output tokens [start_index, start_index + n) of a round. `seq` counts the messages of one attempt from 0."""
 
     session: str
@@ -243,7 +243,7 @@ class RoundTokens(Message, tag="tokens"):
     text: str = ""
 
 
-class RoundFinished(Message, tag="finished"):
+class RoundFinished(Message, frozen=True, kw_only=True, tag="finished"):
     """The last message of a round that succeeded. num_output_tokens tells whether any token was missed."""
 
     session: str
@@ -255,7 +255,7 @@ class RoundFinished(Message, tag="finished"):
     usage: Usage
 
 
-class RoundFailed(Message, tag="failed"):
+class RoundFailed(Message, frozen=True, kw_only=True, tag="failed"):
     """The last message of a round that did not; published by the coordinator."""
 
     session: str
@@ -292,13 +292,14 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     ticket: bytes = b""
 
 
-class RunRound(Message, tag="run_round"):
+class RunRound(Message, frozen=True, kw_only=True, tag="run_round"):
     """To the session's decode worker: run this attempt of a round. Answered by RunRoundAck, NeedTokens or ErrorReply.
 
     `token_ids` are the conversation's tokens from position `tokens_start` to its end: history, this round's input,
     then `num_forced_tokens` output tokens that an earlier attempt has already delivered (they are the prefix of the
-    output and are not streamed again). A worker that lacks tokens before tokens_start answers NeedTokens.
-    A newer attempt of a round supersedes the older: the worker stops and forgets it.
+    output and are not streamed again). `prefix_checksum` is zlib.crc32 of the packed tokens before tokens_start: a
+    worker that lacks them, or has others, answers NeedTokens. A newer attempt of a round supersedes the older: the
+    worker stops and forgets it.
     """
 
     tenant: str
@@ -307,6 +308,7 @@ class RunRound(Message, tag="run_round"):
     attempt: int
     incarnation: int
     tokens_start: int
+    prefix_checksum: int
     token_ids: bytes
     num_history_tokens: int
     num_input_tokens: int
@@ -319,7 +321,7 @@ class RunRound(Message, tag="run_round"):
     remote: RemotePrefill | None  # None: prefill locally
 
 
-class RunRoundAck(Message, tag="run_round_ack"):
+class RunRoundAck(Message, frozen=True, kw_only=True, tag="run_round_ack"):
     """The decode worker has the round. `history` is set for a remote prefill that has KV to read first."""
 
     state: Literal["started", "running", "finished"]
@@ -328,13 +330,13 @@ class RunRoundAck(Message, tag="run_round_ack"):
     output_token_ids: bytes = b""  # what this attempt has produced so far, the forced ones included
 
 
-class NeedTokens(Message, tag="need_tokens"):
+class NeedTokens(Message, frozen=True, kw_only=True, tag="need_tokens"):
     """The worker knows this session's tokens only up to `num_known_tokens`: send RunRound again from there."""
 
     num_known_tokens: int
 
 
-class PrefillTask(Message, tag="prefill_task"):
+class PrefillTask(Message, frozen=True, kw_only=True, tag="prefill_task"):
     """To a prefill worker: compute KV of positions [num_cached_tokens, num_cached_tokens + len(token_ids)) and the
     first output token. Metadata only: the history's KV is pulled from `history` when the task is about to run."""
 
@@ -355,7 +357,7 @@ class PrefillTask(Message, tag="prefill_task"):
     decode_incarnation: int
 
 
-class CancelRun(Message, tag="cancel_run"):
+class CancelRun(Message, frozen=True, kw_only=True, tag="cancel_run"):
     """Stop attempts <= `attempt` of a round, on a decode or a prefill worker. Unknown rounds are acknowledged too."""
 
     tenant: str
@@ -364,14 +366,14 @@ class CancelRun(Message, tag="cancel_run"):
     attempt: int
 
 
-class DropSession(Message, tag="drop_session"):
+class DropSession(Message, frozen=True, kw_only=True, tag="drop_session"):
     """Forget the session: stop its round, give back its blocks and leases."""
 
     tenant: str
     session: str
 
 
-class Ack(Message, tag="ack"):
+class Ack(Message, frozen=True, kw_only=True, tag="ack"):
     pass
 
 
@@ -380,7 +382,7 @@ WorkerCommand = RunRound | PrefillTask | CancelRun | DropSession
 # -------------------------------------------------------------------------- worker -> coordinator
 
 
-class RoundEnded(Message, tag="round_ended"):
+class RoundEnded(Message, frozen=True, kw_only=True, tag="round_ended"):
     """From the decode worker, repeated until acknowledged: the whole output of an attempt, or why it stopped.
 
     `output_token_ids` includes the forced prefix. `error` with code OUT_OF_BLOCKS, KV_TRANSFER_FAILED or WORKER_LOST
@@ -399,7 +401,7 @@ class RoundEnded(Message, tag="round_ended"):
     error: ErrorReply | None
 
 
-class PrefillEnded(Message, tag="prefill_ended"):
+class PrefillEnded(Message, frozen=True, kw_only=True, tag="prefill_ended"):
     """From the prefill worker, repeated until acknowledged: the task has left its queue, done or failed."""
 
     tenant: str
@@ -425,7 +427,7 @@ class QueuedPrefill(msgspec.Struct, frozen=True, kw_only=True):
     waiting_s: float
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     """Once a second from every worker. `ttft` is of rounds prefilled here, `itl` of rounds decoded here."""
 
     worker_id: str
@@ -455,7 +457,7 @@ class Heartbeat(Message, tag="heartbeat"):
     draining: bool
 
 
-class WorkerLeaving(Message, tag="worker_leaving"):
+class WorkerLeaving(Message, frozen=True, kw_only=True, tag="worker_leaving"):
     """The worker is stopping: its sessions must be bound elsewhere."""
 
     worker_id: str
@@ -467,7 +469,7 @@ CoordinatorEvent = RoundEnded | PrefillEnded | WorkerLeaving
 # ------------------------------------------------------------------------------- worker -> worker
 
 
-class KvOffer(Message, tag="kv_offer"):
+class KvOffer(Message, frozen=True, kw_only=True, tag="kv_offer"):
     """Prefill worker -> decode worker, as the prefill starts: pull the increment, layer by layer, as it is computed."""
 
     tenant: str
@@ -479,7 +481,7 @@ class KvOffer(Message, tag="kv_offer"):
     source: KvSource  # its ticket is empty: the decode worker has it from RunRound
 
 
-class PrefillDone(Message, tag="prefill_done"):
+class PrefillDone(Message, frozen=True, kw_only=True, tag="prefill_done"):
     """Prefill worker -> decode worker: the first output token and what the prefill cost."""
 
     tenant: str
@@ -493,14 +495,14 @@ class PrefillDone(Message, tag="prefill_done"):
     kv_bytes_read: int
 
 
-class KvRenew(Message, tag="kv_renew"):
+class KvRenew(Message, frozen=True, kw_only=True, tag="kv_renew"):
     """Keep a lease alive for another ttl. Answered by Ack, or ErrorReply KV_LEASE_INVALID."""
 
     lease_id: int
     generation: int
 
 
-class KvAbort(Message, tag="kv_abort"):
+class KvAbort(Message, frozen=True, kw_only=True, tag="kv_abort"):
     """The receiver will not pull (any more): the lease may end. Answered by Ack, also when it is unknown."""
 
     lease_id: int
@@ -512,7 +514,7 @@ PeerMessage = KvOffer | PrefillDone | KvRenew | KvAbort
 # ------------------------------------------------------------------------------------------ admin
 
 
-class GetStatus(Message, tag="get_status"):
+class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):
     pass
 
 
@@ -532,7 +534,7 @@ class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle_s: float
 
 
-class ClusterStatus(Message, tag="cluster_status"):
+class ClusterStatus(Message, frozen=True, kw_only=True, tag="cluster_status"):
     policy: str
     model: str
     workers: tuple[WorkerStatus, ...]
@@ -542,7 +544,7 @@ class ClusterStatus(Message, tag="cluster_status"):
     counters: dict[str, int]
 
 
-class RoundObserved(Message, tag="round_observed"):
+class RoundObserved(Message, frozen=True, kw_only=True, tag="round_observed"):
     """Coordinator -> planner, one per ended round. delay_s: idle time before it, None for the first round."""
 
     tenant: str
@@ -556,11 +558,11 @@ class RoundObserved(Message, tag="round_observed"):
     error: ErrorCode | None
 
 
-class GetStats(Message, tag="get_stats"):
+class GetStats(Message, frozen=True, kw_only=True, tag="get_stats"):
     pass
 
 
-class PlannerStats(Message, tag="planner_stats"):
+class PlannerStats(Message, frozen=True, kw_only=True, tag="planner_stats"):
     """What the planner has collected since it started."""
 
     uptime_s: float

@@ -54,9 +54,7 @@ class KvLayout:
 
     @property
     def layout_hash(self) -> str:
-        text = (
-            f"{self.model}|{self.num_layers}|{self.num_kv_heads}|{self.head_dim}|{self.block_size}|{self.dtype}"
-        )
+        text = f"{self.model}|{self.num_layers}|{self.num_kv_heads}|{self.head_dim}|{self.block_size}|{self.dtype}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

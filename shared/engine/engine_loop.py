@@ -1,0 +1,176 @@
+"""The loop that owns all KV state of a worker: plan a step, run it in one executor thread, take its tokens.
+
+Everything but the forward pass runs on the asyncio loop, so there are no locks. While a forward pass runs, the blocks
+of the sequences in it must not change hands: `remove` waits for the step to end first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+
+from shared.core.batching import PlannedItem, Scheduler, SequenceState, SessionKv
+from shared.core.batching import Sequence as RunningSequence
+from shared.core.kv_blocks import BlockAllocator
+from shared.core.types import KvLayout, RoundKey, Segment
+from shared.engine.step import StepItem
+from shared.errors import AmpdError, ErrorCode
+
+
+class Pool(Protocol):
+    layout: KvLayout
+    num_blocks: int
+
+    def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]: ...
+
+
+class StepRunner(Protocol):
+    """What executes a step: the torch ModelRunner, or an engine that only keeps time."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def pool(self) -> Pool: ...
+    @property
+    def max_context_tokens(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    def step(self, items: Sequence[StepItem]) -> list[int | None]: ...
+
+
+TokenHandler = Callable[[RunningSequence, int], None]
+
+
+class EngineLoop:
+    """Continuous batching over a StepRunner. All methods are for the asyncio loop that runs `run()`."""
+
+    def __init__(self, runner: StepRunner, scheduler: Scheduler, *, clock: Callable[[], float]) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.clock = clock
+        self._handlers: dict[RoundKey, TokenHandler] = {}
+        self._in_step: set[RunningSequence] = set()
+        self._step_ended = asyncio.Event()
+        self._work = asyncio.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self.num_steps = 0
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+
+    def submit(self, sequence: RunningSequence, on_token: TokenHandler) -> None:
+        """Take a sequence in; `on_token(sequence, token)` is called for every token sampled for it.
+
+        The handler runs after the token has been appended to the sequence's tokens. It ends the sequence by
+        calling `finish`.
+        """
+        self.scheduler.add(sequence)
+        self._handlers[sequence.key] = on_token
+        self._work.set()
+
+    def make_ready(self, sequence: RunningSequence) -> None:
+        """The KV a sequence waited for is there."""
+        sequence.state = SequenceState.READY
+        self._work.set()
+
+    def finish(self, sequence: RunningSequence) -> None:
+        """End a sequence from its own token handler, that is between steps."""
+        assert sequence not in self._in_step
+        if sequence.state is not SequenceState.ENDED:
+            del self._handlers[sequence.key]
+            self.scheduler.remove(sequence, self.clock())
+        self._work.set()
+
+    async def remove(self, sequence: RunningSequence) -> None:
+        """End a sequence from anywhere: returns once no forward pass touches its blocks."""
+        while sequence in self._in_step:
+            await self._step_ended.wait()
+        self.finish(sequence)
+
+    async def reserve(self, kv: SessionKv, num_tokens: int, arrival: float) -> bool:
+        """Blocks for positions [0, num_tokens), preempting if need be, at a moment when no forward pass runs."""
+        while self._in_step:
+            await self._step_ended.wait()
+        return self.scheduler.reserve_preempting(kv, num_tokens, arrival)
+
+    async def run(self) -> None:
+        """Run steps until cancelled. A failure of the forward pass is a programming error: it ends the process."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                planned = self.scheduler.plan_step()
+                if not planned:
+                    self._work.clear()
+                    await self._work.wait()
+                    continue
+                items = [self._step_item(item) for item in planned]
+                self._in_step = {item.sequence for item in planned}
+                self._step_ended = asyncio.Event()
+                started = self.clock()
+                for item in planned:
+                    if item.sequence.first_step_at is None:
+                        item.sequence.first_step_at = started
+                tokens = await loop.run_in_executor(self._executor, self.runner.step, items)
+                self._in_step = set()
+                self._take(planned, tokens, self.clock() - started)
+                self._step_ended.set()
+                # those who waited for the step's end go first; and a busy engine must not starve the bus
+                await asyncio.sleep(0)
+        finally:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _step_item(self, item: PlannedItem) -> StepItem:
+        kv, sequence = item.sequence.kv, item.sequence
+        first = kv.num_kv - kv.tokens_base
+        on_layer = sequence.on_layer
+        return StepItem(
+            token_ids=kv.tokens[first : first + item.num_tokens],
+            start_position=kv.num_kv,
+            block_table=tuple(kv.block_table),
+            sampling=sequence.sampling if item.samples else None,
+            output_index=kv.num_tokens - sequence.output_start,
+            on_layer=None
+            if on_layer is None
+            else partial(_report_layer, on_layer, kv.num_kv, kv.num_kv + item.num_tokens),
+        )
+
+    def _take(self, planned: Sequence[PlannedItem], tokens: Sequence[int | None], seconds: float) -> None:
+        self.num_steps += 1
+        self._observe(planned, seconds)
+        for item, token in zip(planned, tokens, strict=True):
+            kv = item.sequence.kv
+            kv.num_kv += item.num_tokens
+            if token is not None:
+                kv.tokens.append(token)
+        # handlers after all state is updated: they may submit, finish or read any sequence
+        for item, token in zip(planned, tokens, strict=True):
+            handler = self._handlers.get(item.sequence.key)
+            if token is not None and handler is not None:
+                handler(item.sequence, token)
+
+    def _observe(self, planned: Sequence[PlannedItem], seconds: float) -> None:
+        """Exponentially weighted rates, for routing: of steps that only prefill, and of steps that only decode."""
+        num_prefill = sum(item.num_tokens for item in planned if item.num_tokens > 1)
+        if num_prefill == 0:
+            self.decode_step_s = _blend(self.decode_step_s, seconds)
+        elif all(item.num_tokens > 1 for item in planned) and seconds > 0:
+            self.prefill_tokens_per_s = _blend(self.prefill_tokens_per_s, num_prefill / seconds)
+
+
+def build_scheduler(runner: StepRunner, *, chunk_tokens: int, max_prefill_tokens: int, max_batch: int) -> Scheduler:
+    allocator = BlockAllocator(runner.pool.num_blocks, runner.layout.block_size)
+    if chunk_tokens < 1 or max_prefill_tokens < 1 or max_batch < 1:
+        raise AmpdError(ErrorCode.INVALID_REQUEST, "--chunk-tokens, --max-prefill-tokens and --max-batch must be >= 1")
+    return Scheduler(allocator, chunk_tokens=chunk_tokens, max_prefill_tokens=max_prefill_tokens, max_batch=max_batch)
+
+
+def _report_layer(on_layer: Callable[[int, int, int], None], start: int, stop: int, layer: int) -> None:
+    on_layer(layer, start, stop)
+
+
+def _blend(old: float, new: float, weight: float = 0.2) -> float:
+    return new if old == 0.0 else (1 - weight) * old + weight * new
