@@ -39,6 +39,7 @@ class SessionKv:
     block_table: list[int] = field(default_factory=list)
     last_used: float = 0.0
     sequence: Sequence | None = None
+    pinned: bool = False  # a transfer reads or writes its blocks: not to be evicted even while no sequence runs
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +154,11 @@ class Scheduler:
         return True
 
     def _idle_victim(self, asking: SessionKv) -> SessionKv | None:
-        idle = [kv for kv in self.sessions.values() if kv.sequence is None and kv.block_table and kv is not asking]
+        idle = [
+            kv
+            for kv in self.sessions.values()
+            if kv.sequence is None and not kv.pinned and kv.block_table and kv is not asking
+        ]
         return min(idle, key=lambda kv: kv.last_used, default=None)
 
     def _running_victim(self, asking: SessionKv, arrival: float) -> Sequence | None:
@@ -185,6 +190,10 @@ class Scheduler:
         # making room for an older sequence may have preempted one chosen before: its KV is gone
         return [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size
                 >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
+
+    def num_missing_prefill_tokens(self) -> int:
+        """Tokens that sequences prefilled here for their own rounds still have to compute."""
+        return sum(s.kv.num_missing for s in self._ready() if s.preemptible and s.kv.num_missing > 1)
 
     def _ready(self) -> Iterator[Sequence]:
         return (s for s in self.sequences if s.state is SequenceState.READY and s.kv.num_missing > 0)

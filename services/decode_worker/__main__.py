@@ -1,0 +1,8 @@
+"""python -m services.decode_worker"""
+
+import sys
+
+from services.worker.app import main
+
+if __name__ == "__main__":
+    sys.exit(main("decode"))

@@ -1,0 +1,85 @@
+"""What both roles of a worker share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.worker.outbox import Outbox
+from services.worker.streams import StreamPublisher
+from shared import subjects
+from shared.bus import Bus
+from shared.core.windows import SlidingWindow
+from shared.engine.engine_loop import EngineLoop
+from shared.errors import BusError
+from shared.messages import Message, PeerMessage, decode, encode, raise_if_error
+from shared.text import TextCodec
+from shared.transport.client import KvClient, PullResult
+from shared.transport.leases import LeaseTable
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """Bounds of one worker; durations in seconds."""
+
+    max_queued_prefills: int = 256
+    max_sessions: int = 4096
+    lease_ttl_s: float = 15.0
+    peer_timeout_s: float = 2.0
+    peer_attempts: int = 3
+    kv_progress_timeout_s: float = 5.0
+    reorder_window: int = 3
+    max_postponements: int = 8
+
+
+@dataclass(eq=False)
+class WorkerContext:
+    worker_id: str
+    incarnation: int
+    bus: Bus
+    engine: EngineLoop
+    leases: LeaseTable
+    kv_client: KvClient
+    kv_endpoints: tuple[str, ...]
+    codec: TextCodec
+    outbox: Outbox
+    streams: StreamPublisher
+    clock: Callable[[], float]
+    max_context_tokens: int
+    reordering: str = "window"
+    limits: WorkerLimits = field(default_factory=WorkerLimits)
+    ttft: SlidingWindow = field(default_factory=lambda: SlidingWindow(10.0, 4096))
+    itl: SlidingWindow = field(default_factory=lambda: SlidingWindow(10.0, 16_384))
+    kv_bytes_per_s: float = 0.0
+    draining: bool = False
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task that is kept and cancelled with the worker; one that fails ends the process (see WorkerRuntime)."""
+        task = asyncio.create_task(coroutine, name=name)
+        self.tasks.add(task)
+        return task
+
+    def observe_pull(self, result: PullResult) -> None:
+        active_s = result.wall_s - result.waiting_s
+        if active_s > 0 and result.num_bytes > 0:
+            rate = result.num_bytes / active_s
+            self.kv_bytes_per_s = rate if self.kv_bytes_per_s == 0 else 0.8 * self.kv_bytes_per_s + 0.2 * rate
+
+    async def ask_peer(self, worker_id: str, message: PeerMessage) -> Message:
+        """Request to another worker, repeated a few times on time-out (peer messages are idempotent)."""
+        data = encode(message)
+        last: BusError | None = None
+        for _ in range(self.limits.peer_attempts):
+            try:
+                reply = await self.bus.request(
+                    subjects.worker_peer(worker_id), data, timeout_s=self.limits.peer_timeout_s
+                )
+            except BusError as error:
+                last = error
+                continue
+            return raise_if_error(decode(reply))
+        assert last is not None
+        raise last

@@ -1,0 +1,215 @@
+"""A worker: one runtime in which the role is a setting. It answers commands, keeps the engine running, reports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from services.worker.context import WorkerContext
+from services.worker.decode import DecodeRole
+from services.worker.prefill import PrefillRole
+from shared import subjects
+from shared.bus import BusMessage
+from shared.errors import AmpdError, BusError, ErrorCode
+from shared.messages import (
+    Ack,
+    CancelRun,
+    DropSession,
+    Heartbeat,
+    KvAbort,
+    KvOffer,
+    KvRenew,
+    Message,
+    PrefillDone,
+    PrefillTask,
+    Role,
+    RunRound,
+    WorkerLeaving,
+    decode,
+    encode,
+)
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_S = 0.5
+
+
+class WorkerRuntime:
+    """Both roles are always there; `role` says which commands are taken, so that it can change while running."""
+
+    def __init__(self, context: WorkerContext, *, role: Role, model: str) -> None:
+        self.context = context
+        self.role: Role = role
+        self._model = model
+        self.decode = DecodeRole(context)
+        self.prefill = PrefillRole(context)
+        self._heartbeat_seq = 0
+
+    # -------------------------------------------------------------------------------- lifecycle
+
+    async def serve(self, stop: asyncio.Event, *, drain_timeout_s: float) -> None:
+        """Run until `stop` is set, then drain and leave. A failed internal task ends the worker with its exception."""
+        context = self.context
+        for coroutine, name in (
+            (context.engine.run(), "engine"),
+            (context.streams.run(), "streams"),
+            (self.prefill.run(), "prefills"),
+            (self._every(HEARTBEAT_S, self.send_heartbeat), "heartbeats"),
+            (self._every(context.limits.lease_ttl_s / 3, self.prefill.renew_leases), "renewals"),
+            (self._every(0.25, self._expire), "deadlines"),
+        ):
+            context.spawn(coroutine, name)
+        commands = await context.bus.subscribe(subjects.worker_command(context.worker_id), self._answer(self.command))
+        peers = await context.bus.subscribe(subjects.worker_peer(context.worker_id), self._answer(self.peer))
+        await context.bus.register_service(
+            f"ampd-{self.role}-worker",
+            "0.1.0",
+            {"worker_id": context.worker_id, "role": self.role, "incarnation": str(context.incarnation)},
+        )
+        log.info("worker_ready", worker_id=context.worker_id, role=self.role, endpoints=list(context.kv_endpoints))
+        try:
+            await self._watch(stop)
+            await self._drain(drain_timeout_s)
+        finally:
+            await commands.unsubscribe()
+            await self.prefill.close()
+            await self.decode.close()
+            await peers.unsubscribe()
+            await context.outbox.close()
+            await self._cancel_tasks()
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        """Wait for `stop`, or raise what ended one of the worker's tasks."""
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            while not stopping.done():
+                tasks = self.context.tasks
+                done, _ = await asyncio.wait({stopping, *tasks}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & tasks:
+                    tasks.discard(task)
+                    if not task.cancelled():
+                        task.result()
+        finally:
+            stopping.cancel()
+
+    async def _drain(self, timeout_s: float) -> None:
+        """No new rounds; those that run may finish; then say goodbye."""
+        context = self.context
+        context.draining = True
+        log.info("worker_draining", worker_id=context.worker_id, rounds=self.decode.num_active)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.send_heartbeat()
+                while self.decode.num_active or self.prefill.num_active:
+                    await asyncio.sleep(0.02)
+                await context.streams.drain()
+                await context.outbox.drain(timeout_s)
+        leaving = WorkerLeaving(worker_id=context.worker_id, incarnation=context.incarnation)
+        with contextlib.suppress(BusError):
+            await context.bus.request(subjects.COORDINATOR_EVENT, encode(leaving), timeout_s=1.0)
+
+    async def _cancel_tasks(self) -> None:
+        tasks = list(self.context.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _every(self, period_s: float, action: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await action()
+            await asyncio.sleep(period_s)
+
+    async def _expire(self) -> None:
+        self.context.leases.expire()
+        await self.decode.expire_deadlines()
+
+    # --------------------------------------------------------------------------------- messages
+
+    def _answer(self, handle: Callable[[Message], Awaitable[Message]]) -> Callable[[BusMessage], Awaitable[None]]:
+        async def answer(message: BusMessage) -> None:
+            await message.respond(encode(await handle(decode(message.data))))
+
+        return answer
+
+    async def command(self, message: Message) -> Message:
+        """Carry out a WorkerCommand; an AmpdError is answered as ErrorReply by the bus."""
+        match message:
+            case RunRound():
+                self._require(self.role != "prefill", "decode")
+                return await self.decode.run_round(message)
+            case PrefillTask():
+                self._require(self.role != "decode", "prefill")
+                return await self.prefill.prefill_task(message)
+            case CancelRun():
+                await self.prefill.cancel_run(message)
+                return await self.decode.cancel_run(message)
+            case DropSession():
+                await self.prefill.drop_session(message)
+                return await self.decode.drop_session(message)
+            case _:
+                raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no worker command")
+
+    async def peer(self, message: Message) -> Message:
+        """Answer another worker."""
+        match message:
+            case KvOffer():
+                return await self.decode.kv_offer(message)
+            case PrefillDone():
+                return await self.decode.prefill_done(message)
+            case KvRenew():
+                self.context.leases.renew(message.lease_id, message.generation)
+                return Ack()
+            case KvAbort():
+                self.context.leases.release(message.lease_id, message.generation)
+                return Ack()
+            case _:
+                raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no message between workers")
+
+    def _require(self, allowed: bool, role: str) -> None:
+        if not allowed:
+            raise AmpdError(ErrorCode.INVALID_REQUEST, f"{self.context.worker_id} is not a {role} worker")
+
+    # ------------------------------------------------------------------------------- heartbeats
+
+    async def send_heartbeat(self) -> None:
+        try:
+            await self.context.bus.publish(subjects.heartbeat(self.context.worker_id), encode(self.heartbeat()))
+        except AmpdError as error:
+            log.debug("heartbeat_lost", error=error.message)
+
+    def heartbeat(self) -> Heartbeat:
+        context = self.context
+        runner, scheduler = context.engine.runner, context.engine.scheduler
+        now = context.clock()
+        queue, queue_num_tokens = self.prefill.queue_metadata()
+        self._heartbeat_seq += 1
+        return Heartbeat(
+            worker_id=context.worker_id,
+            incarnation=context.incarnation,
+            role=self.role,
+            seq=self._heartbeat_seq,
+            model=self._model,
+            max_context_tokens=context.max_context_tokens,
+            vocab_size=runner.vocab_size,
+            layout_hash=runner.layout.layout_hash,
+            kv_endpoints=context.kv_endpoints,
+            num_blocks=scheduler.allocator.num_usable,
+            num_free_blocks=scheduler.allocator.num_free,
+            block_size=runner.layout.block_size,
+            kv_bytes_per_token=runner.layout.bytes_per_token,
+            num_sessions=self.decode.num_sessions,
+            num_running=self.decode.num_active,
+            num_waiting=self.prefill.num_waiting,
+            num_leases=len(context.leases),
+            queue=queue,
+            queue_num_tokens=queue_num_tokens + scheduler.num_missing_prefill_tokens(),
+            ttft=context.ttft.stats(now),
+            itl=context.itl.stats(now),
+            prefill_tokens_per_s=context.engine.prefill_tokens_per_s,
+            decode_step_s=context.engine.decode_step_s,
+            kv_bytes_per_s=context.kv_bytes_per_s,
+            draining=context.draining,
+        )
