@@ -57,7 +57,7 @@ def build_parser(role: Role) -> argparse.ArgumentParser:
     add("--lease-ttl", type=float, default=15.0, help="seconds a KV lease lives without renewal")
     add("--kv-listen", action="append", help="tcp://HOST:PORT or unix:///PATH, repeatable; default: both, local")
     add("--kv-advertise-host", default="", help="host name other workers reach the TCP socket by")
-    add("--drain-timeout", type=float, default=20.0, help="seconds running rounds get to finish on SIGTERM")
+    add("--drain-timeout", type=float, default=10.0, help="seconds running rounds get to finish on SIGTERM")
     return parser
 
 
@@ -67,7 +67,9 @@ def main(role: Role) -> int:
 
 
 async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> None:
-    from shared.engine.model_runner import ModelRunner  # torch takes seconds to import: after --help and errors
+    # torch takes seconds to import: after --help and argument errors
+    from shared.engine.kv_memory import blocks_in_memory
+    from shared.engine.model_runner import ModelRunner
 
     clock = time.monotonic
     worker_id = args.worker_id or f"{args.role}-{socket.gethostname()}-{secrets.token_hex(3)}"
@@ -77,7 +79,13 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
-        kv_memory_bytes=int(args.kv_memory_mb * 1e6),
+        num_blocks=blocks_in_memory(
+            args.model_dir,
+            dtype=args.dtype,
+            device=args.device,
+            block_size=args.block_size,
+            kv_memory_bytes=int(args.kv_memory_mb * 1e6),
+        ),
         block_size=args.block_size,
         attention=args.attention,
     )

@@ -103,7 +103,7 @@ class WorkerRuntime:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self.send_heartbeat()
-                while self.decode.num_active or self.prefill.num_active:
+                while self.decode.num_active or self.prefill.num_active:  # noqa: ASYNC110 - bounded by the timeout
                     await asyncio.sleep(0.02)
                 await context.streams.drain()
                 await context.outbox.drain(timeout_s)
