@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +17,12 @@ import structlog
 
 from services.worker.context import WorkerContext
 from shared.core.batching import Sequence, SessionKv
-from shared.core.reordering import WaitingPrefill, choose_next_prefill
+from shared.core.reordering import (
+    WaitingPrefill,
+    choose_first_come,
+    choose_next_prefill,
+    count_postponements,
+)
 from shared.core.types import RoundKey, Segment, SessionKey
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import (
@@ -45,9 +51,8 @@ class Task:
     key: RoundKey
     kv: SessionKv
     received_at: float
-    ttft_deadline_at: float
     deadline_at: float
-    num_postponements: int = 0
+    waiting: WaitingPrefill  # as reordering sees it
     runner: asyncio.Task[None] | None = None  # set once it is off the queue
     pull: Pull | None = None
     kv_bytes_read: int = 0
@@ -85,6 +90,7 @@ class PrefillRole:
         self._engine = context.engine
         self._queue: list[Task] = []  # by arrival
         self._tasks: dict[RoundKey, Task] = {}  # queued, staged, computing or delivering
+        self._ended: deque[RoundKey] = deque(maxlen=1024)  # a repeated command must not run a task twice
         self._changed = asyncio.Event()
         self._stage_slots = asyncio.Semaphore(2)
         self._compute = asyncio.Lock()
@@ -122,7 +128,7 @@ class PrefillRole:
                 ErrorCode.WRONG_INCARNATION, f"this is incarnation {context.incarnation} of {context.worker_id}"
             )
         key = RoundKey(message.tenant, message.session, message.round, message.attempt)
-        if key in self._tasks:
+        if key in self._tasks or key in self._ended:
             return Ack()
         await self._cancel_where(SessionKey(message.tenant, message.session), (message.round, message.attempt))
         if context.draining:
@@ -163,12 +169,18 @@ class PrefillRole:
         task = Task(
             message=message,
             key=key,
-            kv=SessionKv(key=SessionKey(message.tenant, message.session), tokens=tokens),
+            kv=SessionKv(
+                key=SessionKey(message.tenant, message.session), tokens=tokens, tokens_base=message.num_cached_tokens
+            ),
             received_at=now,
-            ttft_deadline_at=now + message.slo.ttft_s - message.waited_s,
             deadline_at=now + message.deadline_s,
+            waiting=WaitingPrefill(
+                key=key,
+                ttft_deadline=now + message.slo.ttft_s - message.waited_s,
+                num_history_tokens=message.num_cached_tokens,
+                num_new_tokens=len(tokens),
+            ),
         )
-        task.kv.tokens_base = message.num_cached_tokens
         if not tokens:
             raise AmpdError(ErrorCode.INVALID_REQUEST, "a prefill task needs at least one token to compute")
         if message.num_cached_tokens and message.history is None:
@@ -198,44 +210,33 @@ class PrefillRole:
         """The task that reordering puts first, once its blocks can be had."""
         while True:
             if self._queue:
-                task = self._queue[self._choose()]
+                index = self._choose()
+                task = self._queue[index]
                 if self._engine.scheduler.reserve(task.kv, task.num_tokens):
                     task.kv.pinned = True
                     self._engine.scheduler.sessions[task.key] = task.kv
-                    self._postpone_those_before(task)
-                    self._queue.remove(task)
+                    count_postponements([task.waiting for task in self._queue], index)
+                    del self._queue[index]
                     return task
             self._changed.clear()
             await self._changed.wait()
 
     def _choose(self) -> int:
-        context = self._context
+        context, rate = self._context, self._engine.prefill_tokens_per_s
+        waiting = [task.waiting for task in self._queue]
+
+        def predict_prefill_s(num_history_tokens: int, num_new_tokens: int) -> float:
+            return num_new_tokens / rate if rate > 0 else 0.0
+
         if context.reordering == "fcfs":
-            return 0
-        waiting = [
-            WaitingPrefill(
-                key=task.key,
-                ttft_deadline=task.ttft_deadline_at,
-                num_history_tokens=task.message.num_cached_tokens,
-                num_new_tokens=task.num_new_tokens,
-                num_postponements=task.num_postponements,
-            )
-            for task in self._queue
-        ]
-        rate = self._engine.prefill_tokens_per_s
+            return choose_first_come(waiting, context.clock(), predict_prefill_s)
         return choose_next_prefill(
             waiting,
             context.clock(),
-            lambda prefill: prefill.num_new_tokens / rate if rate > 0 else 0.0,
+            predict_prefill_s,
             window=context.limits.reorder_window,
             max_postponements=context.limits.max_postponements,
         )
-
-    def _postpone_those_before(self, chosen: Task) -> None:
-        for task in self._queue:
-            if task is chosen:
-                return
-            task.num_postponements += 1
 
     # ----------------------------------------------------------------------------- one task's life
 
@@ -392,6 +393,7 @@ class PrefillRole:
         self._changed.set()
 
     def _report(self, task: Task, error: AmpdError | None) -> None:
+        self._ended.append(task.key)
         if error is not None:
             log.warning("prefill_failed", session=task.key.session, round=task.key.round, error=str(error))
         context, message = self._context, task.message
@@ -429,10 +431,20 @@ class PrefillRole:
         try:
             await self._context.ask_peer(history.worker_id, renew)
         except AmpdError as error:
-            if task.runner is None and task in self._queue:
-                self._queue.remove(task)
-                del self._tasks[task.key]
-                self._report(task, error)
+            if task in self._queue:
+                self._give_up_queued(task, error)
+
+    def expire_deadlines(self) -> None:
+        """Give up queued tasks whose deadline has passed (those off the queue have a timer of their own)."""
+        now = self._context.clock()
+        for task in [task for task in self._queue if now >= task.deadline_at]:
+            self._give_up_queued(task, AmpdError(ErrorCode.DEADLINE_EXCEEDED, "the prefill waited past its deadline"))
+        self._changed.set()  # blocks may have become free on the decode side of this worker
+
+    def _give_up_queued(self, task: Task, error: AmpdError) -> None:
+        self._queue.remove(task)
+        del self._tasks[task.key]
+        self._report(task, error)
 
     async def close(self) -> None:
         for task in list(self._tasks.values()):

@@ -124,6 +124,7 @@ class WorkerRuntime:
 
     async def _expire(self) -> None:
         self.context.leases.expire()
+        self.prefill.expire_deadlines()
         await self.decode.expire_deadlines()
 
     # --------------------------------------------------------------------------------- messages
