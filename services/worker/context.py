@@ -16,8 +16,9 @@ from shared.engine.engine_loop import EngineLoop
 from shared.errors import BusError
 from shared.messages import Message, PeerMessage, decode, encode, raise_if_error
 from shared.text import TextCodec
-from shared.transport.client import KvClient, PullResult
+from shared.transport.client import KvClient
 from shared.transport.leases import LeaseTable
+from shared.transport.receiver import PullResult
 
 
 @dataclass(frozen=True, slots=True)

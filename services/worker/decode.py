@@ -7,6 +7,7 @@ import zlib
 from array import array
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import structlog
 
@@ -31,8 +32,8 @@ from shared.messages import (
     RunRoundAck,
     error_reply,
 )
-from shared.transport.client import PullRequest
 from shared.transport.leases import Lease, LeaseEnd
+from shared.transport.receiver import PullRequest
 
 log = structlog.get_logger(__name__)
 
@@ -253,19 +254,20 @@ class DecodeRole:
         self._engine.submit(sequence, lambda _, token: self._take_token(run, token))
         return run
 
-    def _acknowledge(self, run: Run, state: str) -> RunRoundAck:
-        lease = run.history_lease
-        context = self._context
-        history = lease and KvSource(
-            worker_id=context.worker_id,
-            incarnation=context.incarnation,
-            endpoints=context.kv_endpoints,
-            lease_id=lease.lease_id,
-            generation=lease.generation,
-            ttl_s=lease.ttl_s,
-        )
+    def _acknowledge(self, run: Run, state: Literal["started", "running", "finished"]) -> RunRoundAck:
+        lease, context = run.history_lease, self._context
+        history = None
+        if lease is not None:
+            history = KvSource(
+                worker_id=context.worker_id,
+                incarnation=context.incarnation,
+                endpoints=context.kv_endpoints,
+                lease_id=lease.lease_id,
+                generation=lease.generation,
+                ttl_s=lease.ttl_s,
+            )
         return RunRoundAck(
-            state=state,  # type: ignore[arg-type]  # the callers pass literals
+            state=state,
             num_cached_tokens=run.num_cached_tokens,
             history=history,
             output_token_ids=run.ended.output_token_ids if run.ended else run.output_token_ids(),

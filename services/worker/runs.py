@@ -18,8 +18,9 @@ from shared.messages import (
     Usage,
 )
 from shared.text import StreamDecoder
-from shared.transport.client import Pull, PullResult
+from shared.transport.client import Pull
 from shared.transport.leases import Lease
+from shared.transport.receiver import PullResult
 
 
 @dataclass(eq=False)

@@ -62,21 +62,18 @@ class Sequence:
     arrival: float
     state: SequenceState = SequenceState.READY
     preemptible: bool = True  # False: all its blocks are reserved up front, and a transfer reads them
-    on_layer: Callable[[int, int, int], None] | None = None  # (layer, token_start, token_stop), in the forward thread
+    on_layer: Callable[[int, int, int], object] | None = None  # (layer, token_start, token_stop), in the forward thread
     num_preemptions: int = 0
     first_step_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedItem:
-    """Feed `num_tokens` tokens of the sequence from position kv.num_kv on; sample if none is missing after them."""
+    """Feed `num_tokens` tokens of the sequence from position kv.num_kv on; `samples`: none is missing after them."""
 
     sequence: Sequence
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        return self.num_tokens == self.sequence.kv.num_missing
+    samples: bool
 
 
 class Scheduler:
@@ -178,14 +175,14 @@ class Scheduler:
     def plan_step(self) -> list[PlannedItem]:
         """The items of the next step; every one has its blocks. Empty when nothing can run."""
         decodes = [s for s in self._ready() if s.kv.num_missing == 1][: self.max_batch]
-        chosen = {id(s): PlannedItem(s, 1) for s in decodes if self._make_room(s, 1)}
+        chosen = {id(s): PlannedItem(s, 1, True) for s in decodes if self._make_room(s, 1)}
         budget = self.chunk_tokens if chosen else self.max_prefill_tokens
         for sequence in [s for s in self._ready() if s.kv.num_missing > 1]:
             if budget == 0 or len(chosen) >= self.max_batch:
                 break
             num_tokens = min(budget, sequence.kv.num_missing)
             if self._make_room(sequence, num_tokens):
-                chosen[id(sequence)] = PlannedItem(sequence, num_tokens)
+                chosen[id(sequence)] = PlannedItem(sequence, num_tokens, num_tokens == sequence.kv.num_missing)
                 budget -= num_tokens
         # making room for an older sequence may have preempted one chosen before: its KV is gone
         return [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size

@@ -91,6 +91,10 @@ class EngineLoop:
             await self._step_ended.wait()
         self.finish(sequence)
 
+    def wake(self) -> None:
+        """Blocks have become free: a step that could not run may now."""
+        self._work.set()
+
     async def reserve(self, kv: SessionKv, num_tokens: int, arrival: float) -> bool:
         """Blocks for positions [0, num_tokens), preempting if need be, at a moment when no forward pass runs."""
         while self._in_step:
@@ -168,7 +172,7 @@ def build_scheduler(runner: StepRunner, *, chunk_tokens: int, max_prefill_tokens
     return Scheduler(allocator, chunk_tokens=chunk_tokens, max_prefill_tokens=max_prefill_tokens, max_batch=max_batch)
 
 
-def _report_layer(on_layer: Callable[[int, int, int], None], start: int, stop: int, layer: int) -> None:
+def _report_layer(on_layer: Callable[[int, int, int], object], start: int, stop: int, layer: int) -> None:
     on_layer(layer, start, stop)
 
 
