@@ -38,6 +38,7 @@ class ErrorCode(StrEnum):
     OUT_OF_BLOCKS = "out_of_blocks"
     KV_TRANSFER_FAILED = "kv_transfer_failed"
     KV_LEASE_INVALID = "kv_lease_invalid"
+    KV_TICKET_INVALID = "kv_ticket_invalid"
     KV_LAYOUT_MISMATCH = "kv_layout_mismatch"
     BUS_UNAVAILABLE = "bus_unavailable"
     NOT_OWNER = "not_owner"

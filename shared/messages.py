@@ -597,6 +597,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(AnyMessage)
 _JSON_ENCODER = msgspec.json.Encoder()
 _JSON_DECODER = msgspec.json.Decoder(AnyMessage)
+_MAX_REASON_CHARS = 400
 
 
 def encode(message: Message, encoding: Encoding = "msgpack") -> bytes:
@@ -608,12 +609,28 @@ def encoding_of(data: bytes) -> Encoding:
     return "json" if data[:1] in (b"{", b" ", b"\n", b"\t", b"\r") else "msgpack"
 
 
-def decode(data: bytes) -> Message:
-    """Decode and validate. Raises AmpdError MALFORMED_MESSAGE that names the offending field."""
+def decode(data: bytes, *, max_bytes: int | None = None) -> Message:
+    """Decode and validate. Raises AmpdError MALFORMED_MESSAGE that names the offending field.
+
+    What is decoded takes at most about 12 times the memory of `data` (a list of one-byte integers); a receiver of
+    strangers' messages bounds it by max_bytes. NaN and infinity are accepted: whoever uses a float checks its range.
+    """
+    if max_bytes is not None and len(data) > max_bytes:
+        raise AmpdError(
+            ErrorCode.MALFORMED_MESSAGE,
+            f"the message of {len(data):,} bytes exceeds the limit of {max_bytes:,} bytes: send less",
+        )
     try:
-        message = _JSON_DECODER.decode(data) if encoding_of(data) == "json" else _DECODER.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"cannot decode the message: {error}") from error
+        if encoding_of(data) == "json":
+            message = _JSON_DECODER.decode(data)
+            _ENCODER.encode(message)  # an integer of more than 64 bits is valid JSON, but cannot travel on
+        else:
+            message = _DECODER.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        # what the sender wrote is part of some of the texts, whatever its length
+        raise AmpdError(
+            ErrorCode.MALFORMED_MESSAGE, f"cannot decode the message: {str(error)[:_MAX_REASON_CHARS]}"
+        ) from error
     assert isinstance(message, Message)
     return message
 

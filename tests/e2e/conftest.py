@@ -95,6 +95,7 @@ class Reference:
     """What plain `generate` says in fp32: the truth that every served round is compared with."""
 
     def __init__(self, model_dir: Path) -> None:
+        torch.set_num_threads(1)  # the workers need the other core
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         self._model.generation_config.eos_token_id = None
         self.vocab_size: int = self._model.config.vocab_size

@@ -1,0 +1,107 @@
+"""The planner service: hears heartbeats and ended rounds, answers `get_stats`, writes the statistics down."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import os
+import time
+from pathlib import Path
+
+from planner.collector import Collector
+from planner.stats_log import StatsLog
+from shared import subjects
+from shared.bus import Bus, BusMessage
+from shared.errors import AmpdError, ErrorCode
+from shared.log import get_logger
+from shared.messages import GetStats, Heartbeat, RoundObserved, decode, encode, encoding_of
+from shared.nats_bus import connect_nats_bus
+from shared.service import ServiceContext, run_service
+
+DEFAULT_INTERVAL_S = 10.0
+VERSION = "0.1.0"
+
+log = get_logger(__name__)
+
+
+class PlannerService:
+    """The collector on the bus. `num_malformed` counts messages that could not be read."""
+
+    def __init__(self, bus: Bus, stats_log: StatsLog) -> None:
+        self._bus = bus
+        self._stats_log = stats_log
+        self._collector = Collector(stats_log.read_totals(), time.monotonic())
+        self.num_malformed = 0
+
+    async def start(self) -> None:
+        await self._bus.subscribe_ordered(subjects.HEARTBEATS, self._on_observation)
+        await self._bus.subscribe_ordered(subjects.OBSERVED_ROUND, self._on_observation)
+        await self._bus.subscribe(subjects.PLANNER_STATS, self._on_get_stats, queue="planner")
+        await self._bus.register_service("ampd-planner", VERSION, {})
+
+    def write_down(self) -> None:
+        """Append the statistics; a full disk costs this line, not the service."""
+        try:
+            self._stats_log.append(self._collector.stats(time.monotonic()))
+        except OSError as error:
+            log.error("statistics not written", path=str(self._stats_log.path), error=str(error))
+
+    def _on_observation(self, message: BusMessage) -> None:
+        try:
+            decoded = decode(message.data)
+        except AmpdError as error:
+            self.num_malformed += 1
+            log.warning("message not read", subject=message.subject, error=error.message)
+            return
+        match decoded:
+            case Heartbeat():
+                self._collector.on_heartbeat(decoded, time.monotonic())
+            case RoundObserved():
+                self._collector.on_round(decoded, time.monotonic())
+            case _:
+                self.num_malformed += 1
+
+    async def _on_get_stats(self, message: BusMessage) -> None:
+        request = decode(message.data)
+        if not isinstance(request, GetStats):
+            raise AmpdError(ErrorCode.INVALID_REQUEST, 'this subject answers {"type":"get_stats"} alone')
+        await message.respond(encode(self._collector.stats(time.monotonic()), encoding_of(message.data)))
+
+
+async def run_planner(service: ServiceContext, *, nats_url: str, data_dir: Path, interval_s: float) -> None:
+    """Serve until `service.stop`; the last statistics are written on the way out."""
+    bus = await connect_nats_bus(nats_url, name="planner", on_lost=service.fail)
+    try:
+        planner = PlannerService(bus, StatsLog(data_dir / "planner"))
+        await planner.start()
+        while not service.stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(service.stop.wait(), interval_s)
+            planner.write_down()
+    finally:
+        await bus.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m planner",
+        description="Collects the cluster's statistics, answers requests for them, writes them down.",
+        epilog="example: python -m planner --nats-url nats://127.0.0.1:4222 --data-dir data",
+    )
+    add = parser.add_argument
+    add("--nats-url", default=os.environ.get("AMPD_NATS_URL", "nats://127.0.0.1:4222"))
+    add("--data-dir", type=Path, required=True, help="statistics go to planner/stats.jsonl in it")
+    add(
+        "--interval",
+        type=float,
+        default=DEFAULT_INTERVAL_S,
+        metavar="S",
+        help="seconds between two lines (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    if not args.interval > 0:
+        parser.error(f"--interval must be more than 0 seconds, got {args.interval}")
+    serve = functools.partial(run_planner, nats_url=args.nats_url, data_dir=args.data_dir, interval_s=args.interval)
+    return run_service(serve, name="planner")

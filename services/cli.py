@@ -1,0 +1,272 @@
+"""The `ampd` command. Nothing heavy is imported before a command is chosen: `ampd --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import AmpdError, ErrorCode
+
+if TYPE_CHECKING:
+    from services.local import ClusterOptions
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+DEFAULT_PORT = 4222
+POLICIES = ("ampd", "remote", "local")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+USAGE_ERROR = 2
+
+UP_EXAMPLE = """example:
+  ampd up --prefill 1 --decode 2 --model smollm2 --policy ampd --data-dir ~/ampd-data"""
+RUN_EXAMPLE = """example:
+  ampd run --model tiny-random -- loadgen replay sessions.jsonl --out out/replay
+  ampd run --prefill 0 --decode 1 -- ampd chat"""
+STATUS_EXAMPLE = """example:
+  ampd status --stats
+  ampd status --json | python -m json.tool"""
+CHAT_EXAMPLE = """example:
+  ampd chat --system 'Answer in one sentence.'
+  printf 'What is the capital of France?\\nAnd of Spain?\\n' | ampd chat"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 when a service or a round failed; 2 for an argument to change; 128 + n for signal n."""
+    parser = build_parser()
+    own, command_line = split_at_double_dash(sys.argv[1:] if argv is None else list(argv))
+    arguments = parser.parse_args(own)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    if command is command_run and not command_line:
+        parser.error("give the command to run after --, as in: ampd run --prefill 1 -- CMD ARGUMENT ...")
+    if command is not command_run and command_line is not None:
+        parser.error(f"unexpected arguments after --: {' '.join(command_line)} (only `ampd run` takes a command)")
+    arguments.argv = command_line
+    try:
+        return command(arguments)
+    except AmpdError as error:
+        print(f"ampd: {error.message}", file=sys.stderr)
+        return USAGE_ERROR if error.code is ErrorCode.INVALID_REQUEST else 1
+    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def split_at_double_dash(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """(what is ours, the command after the first `--` or None): a `--` of the command's own stays in it."""
+    if "--" not in argv:
+        return argv, None
+    index = argv.index("--")
+    return argv[:index], argv[index + 1 :]
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+def command_up(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.up import serve
+
+    port = DEFAULT_PORT if arguments.port is None else arguments.port
+    return _run_with_cluster(serve(_cluster_options(arguments, port), Console()))
+
+
+def command_run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.up import run_command
+
+    console = Console(stderr=True)  # standard output is the command's alone
+    options = _cluster_options(arguments, arguments.port or 0)
+    return _run_with_cluster(run_command(options, arguments.argv, console))
+
+
+def command_status(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.status import show_status
+
+    return asyncio.run(
+        show_status(arguments.nats_url, as_json=arguments.json, with_stats=arguments.stats, console=Console())
+    )
+
+
+def command_chat(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.chat import ChatOptions, chat
+    from shared.messages import SamplingParams
+
+    options = ChatOptions(
+        url=arguments.nats_url,
+        session=arguments.session,
+        tenant=arguments.tenant,
+        system=arguments.system,
+        max_output_tokens=arguments.max_output_tokens,
+        sampling=SamplingParams(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed),
+    )
+    return chat(options, Console())
+
+
+def _run_with_cluster(work: Coroutine[Any, Any, int]) -> int:
+    from services.local import ClusterFailed
+    from services.up import StoppedBySignal
+
+    try:
+        return asyncio.run(work)
+    except StoppedBySignal as stopped:
+        return stopped.exit_status
+    except ClusterFailed as failure:
+        print(f"ampd: {failure}", file=sys.stderr)
+        return 1
+
+
+def _cluster_options(arguments: argparse.Namespace, port: int) -> ClusterOptions:
+    from services.local import ClusterOptions
+
+    return ClusterOptions(
+        num_prefill=arguments.prefill,
+        num_decode=arguments.decode,
+        model=arguments.model,
+        policy=arguments.policy,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        kv_memory_mb=arguments.kv_memory_mb,
+        max_context=arguments.max_context,
+        port=port,
+        data_dir=arguments.data_dir,
+        log_dir=arguments.log_dir,
+    )
+
+
+# ------------------------------------------------------------------------------------ parsing
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ampd",
+        description="Multi-round LLM serving with adaptive prefill/decode disaggregation.",
+        epilog="ampd COMMAND --help shows a command's options and an example.",
+    )
+    parser.add_argument("--version", action=PrintVersion)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    up = _add_command(commands, "up", command_up, "start a cluster on this machine and serve", UP_EXAMPLE)
+    _add_cluster_flags(up, f"NATS port on 127.0.0.1, 0 for any free one (default {DEFAULT_PORT})")
+
+    run = _add_command(
+        commands, "run", command_run, "start a cluster, run a command with AMPD_NATS_URL set, stop it", RUN_EXAMPLE
+    )
+    _add_cluster_flags(run, "NATS port on 127.0.0.1 (default: any free one)")
+    run.usage = "ampd run [flags as for ampd up] -- CMD [ARGUMENT ...]"
+
+    status = _add_command(commands, "status", command_status, "show workers, queues and sessions", STATUS_EXAMPLE)
+    _add_url_flag(status)
+    status.add_argument("--json", action="store_true", help="for programs: the answer as it is")
+    status.add_argument("--stats", action="store_true", help="add what the planner has collected")
+
+    chat = _add_command(commands, "chat", command_chat, "talk to the model, one session, many rounds", CHAT_EXAMPLE)
+    _add_url_flag(chat)
+    chat.add_argument("--session", help="name a session: it stays open, and is come back to (default: a new one)")
+    chat.add_argument("--tenant", default="default", help="(default: %(default)s)")
+    chat.add_argument("--system", help="a system message before the first line")
+    chat.add_argument("--max-output-tokens", type=_integer(1), default=256, help="(default: %(default)s)")
+    chat.add_argument("--temperature", type=_number(0.0), default=0.0, help="0 is greedy (default: %(default)s)")
+    chat.add_argument("--top-p", type=_number(0.0), default=1.0, help="(default: %(default)s)")
+    chat.add_argument("--seed", type=_integer(0), help="makes sampled rounds repeatable")
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
+    add = parser.add_argument
+    add("--prefill", type=_integer(0), default=1, metavar="N", help="prefill workers (default: %(default)s)")
+    add("--decode", type=_integer(1), default=1, metavar="N", help="decode workers (default: %(default)s)")
+    model_help = "smollm2, tiny-random, or the folder of a Hugging Face model (default: %(default)s)"
+    add("--model", default="smollm2", help=model_help)
+    add("--policy", choices=POLICIES, default="ampd", help="where prefills run (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help="of weights and KV; auto: what the CPU multiplies fastest")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--threads", type=_integer(1), default=1, metavar="N", help="per worker (default: %(default)s)")
+    add("--kv-memory-mb", type=_integer(1), default=512, metavar="MB", help="per worker (default: %(default)s)")
+    add("--max-context", type=_integer(1), metavar="TOKENS", help="(default: what the model was made for)")
+    add("--port", type=_integer(0, 65535), metavar="P", help=port_help)
+    add("--data-dir", type=Path, metavar="D", help="sessions survive here (default: a temporary folder)")
+    add("--log-dir", type=Path, metavar="D", help="one log file a process (default: logs in the data dir)")
+
+
+def _add_url_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nats-url",
+        default=os.environ.get("AMPD_NATS_URL", DEFAULT_URL),
+        help=f"NATS server of the cluster (default: $AMPD_NATS_URL, else {DEFAULT_URL})",
+    )
+
+
+class PrintVersion(argparse.Action):
+    """Reads the version of the installed distribution only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"ampd {version('ampd')}")
+        except PackageNotFoundError:
+            parser.exit(1, "ampd runs from a source tree that is not installed: pip install -e .\n")
+        parser.exit(0)
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < low or (high is not None and value > high):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{value} must be {allowed}")
+        return value
+
+    return parse
+
+
+def _number(low: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}")
+        return value
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

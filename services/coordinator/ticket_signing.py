@@ -1,0 +1,64 @@
+"""Fill in the signed tickets of a command: the core decides who may pull what, the service holds the secret."""
+
+from __future__ import annotations
+
+import secrets
+
+import msgspec
+
+from shared.core.types import RoundKey
+from shared.messages import PrefillTask, RunRound, WorkerCommand
+from shared.transport.tickets import TicketClaims, mint
+
+NONCE_BYTES = 16
+MIN_TTL_S = 0.1
+
+
+def sign_tickets(secret: bytes, worker_id: str, command: WorkerCommand, kv_bytes_per_token: int) -> WorkerCommand:
+    """`command`, about to be sent to `worker_id`, with a fresh ticket for every pull it asks for.
+
+    run_round: the decode worker may pull the increment from the prefill worker. prefill_task: the prefill worker may
+    pull the history from the decode worker. At most the whole conversation's bytes, until the round's deadline.
+    """
+    match command:
+        case RunRound(remote=remote) if remote is not None:
+            num_tokens = command.num_history_tokens + command.num_input_tokens + command.num_forced_tokens
+            ticket = _mint(
+                secret,
+                command,
+                source=(remote.worker_id, remote.incarnation),
+                destination=(worker_id, command.incarnation),
+                max_bytes=num_tokens * kv_bytes_per_token,
+            )
+            return msgspec.structs.replace(command, remote=msgspec.structs.replace(remote, ticket=ticket))
+        case PrefillTask(history=history) if history is not None:
+            ticket = _mint(
+                secret,
+                command,
+                source=(history.worker_id, history.incarnation),
+                destination=(worker_id, command.incarnation),
+                max_bytes=command.num_cached_tokens * kv_bytes_per_token,
+            )
+            return msgspec.structs.replace(command, history=msgspec.structs.replace(history, ticket=ticket))
+    return command
+
+
+def _mint(
+    secret: bytes,
+    command: RunRound | PrefillTask,
+    *,
+    source: tuple[str, int],
+    destination: tuple[str, int],
+    max_bytes: int,
+) -> bytes:
+    claims = TicketClaims(
+        key=RoundKey(command.tenant, command.session, command.round, command.attempt),
+        source=source[0],
+        source_incarnation=source[1],
+        destination=destination[0],
+        destination_incarnation=destination[1],
+        max_bytes=max_bytes,
+        ttl_s=max(MIN_TTL_S, command.deadline_s),
+        nonce=secrets.token_bytes(NONCE_BYTES),
+    )
+    return mint(secret, claims)

@@ -1,0 +1,355 @@
+"""The attempts of a round: where each is placed, how its workers are commanded, and what follows when one fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.core.endings import cancel_at_workers, fail_round, finish_from_stream
+from shared.core.fleet import WorkerState, choose_decode_worker, fits
+from shared.core.records import AttemptStartedEntry
+from shared.core.routing import POLICIES, RoutingDecision, RoutingView, route_remote
+from shared.core.session import RoundInFlight, Session
+from shared.core.state import State, needed_growth
+from shared.core.token_bytes import count_tokens
+from shared.errors import ErrorCode
+from shared.messages import ErrorReply, PrefillTask, RemotePrefill, RunRound, RunRoundAck, Slo
+
+# A new attempt may go better: elsewhere, later, or with the KV computed again.
+RETRYABLE = frozenset(
+    {
+        ErrorCode.WORKER_LOST,
+        ErrorCode.WRONG_INCARNATION,
+        ErrorCode.STALE_ATTEMPT,
+        ErrorCode.OUT_OF_BLOCKS,
+        ErrorCode.NO_CAPACITY,
+        ErrorCode.OVERLOADED,
+        ErrorCode.DRAINING,
+        ErrorCode.KV_TRANSFER_FAILED,
+        ErrorCode.KV_LEASE_INVALID,
+        ErrorCode.KV_LAYOUT_MISMATCH,
+        ErrorCode.BUS_UNAVAILABLE,
+        ErrorCode.INTERNAL,
+    }
+)
+KV_FAILURES = frozenset({ErrorCode.KV_TRANSFER_FAILED, ErrorCode.KV_LEASE_INVALID, ErrorCode.KV_LAYOUT_MISMATCH})
+MAX_REMOTE_FAILURES = 2  # then the prefill runs on the decode worker
+BACKOFF_FACTOR = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    decode: WorkerState
+    prefill: WorkerState | None  # None: local
+    num_new_tokens: int  # to be prefilled, as expected
+    decision: RoutingDecision
+
+
+# ------------------------------------------------------------------------------- placing
+
+
+def choose_placement(
+    state: State,
+    session: Session,
+    *,
+    num_new_tokens: int,
+    num_needed_tokens: int,
+    slo: Slo,
+    avoid: frozenset[str] | set[str] = frozenset(),
+    force_local: bool = False,
+) -> Placement | None:
+    """Bind the session if it must be, and route its prefill. None: no decode worker can take it now.
+
+    The binding is sticky while its worker lives, takes work, has not failed this round and can hold it.
+    """
+    candidates = state.fleet.list_decode(session.opened.model, state.now)
+    bound = find_bound_worker(state, session)
+    overcommit = state.config.kv_overcommit
+    if (
+        bound is None
+        or bound not in candidates
+        or bound.worker_id in avoid
+        or not fits(bound, num_needed_tokens, overcommit)
+    ):
+        bound = choose_decode_worker(candidates, num_needed_tokens, avoid, overcommit)
+    if bound is None:
+        return None
+    _bind(state, session, bound)
+    assert session.binding is not None
+    num_cached = max(0, min(session.binding.num_known_tokens, session.num_tokens) - 1)
+    view = RoutingView(
+        num_cached_tokens=num_cached,
+        num_new_tokens=session.num_tokens - num_cached + num_new_tokens,
+        first_round=session.num_tokens == 0,
+        slo=slo,
+        decode=bound.load(),
+        prefill_workers=[]
+        if force_local
+        else [worker.load() for worker in state.fleet.list_prefill(bound, avoid, state.now)],
+        cost_model=state.cost_model,
+    )
+    # With no prefill worker every policy is local; route_remote says so in the decision.
+    route = POLICIES[state.config.policy] if view.prefill_workers else route_remote
+    decision = route(view, state.config.routing)
+    prefill = state.fleet.workers[decision.worker_id] if decision.placement == "remote" else None
+    return Placement(bound, prefill, view.num_new_tokens, decision)
+
+
+def find_bound_worker(state: State, session: Session) -> WorkerState | None:
+    """The living worker that has the session's KV: as bound, or, after a restart, as recorded."""
+    if session.binding is not None:
+        return session.binding.worker if session.binding.worker.alive else None
+    return state.fleet.find(session.last_decode) if session.last_decode is not None else None
+
+
+def _bind(state: State, session: Session, worker: WorkerState) -> None:
+    if session.binding is not None:
+        if session.binding.worker is worker:
+            return
+        state.unbind(session)
+        state.bind(session, worker, 0)
+        state.counters["rebinds"] += 1
+    else:
+        knows = session.last_decode == worker.ref  # bound there before this coordinator started
+        if not knows:
+            state.unbind(session)
+        state.bind(session, worker, session.num_tokens if knows else 0)
+
+
+def occupy_workers(state: State, session: Session, placement: Placement) -> None:
+    """Count the attempt at its workers, from now on until it ends."""
+    running = session.in_flight
+    assert running is not None
+    running.decision = placement.decision
+    target = placement.prefill or placement.decode
+    target.begin_prefill(session.key, running.attempt, placement.num_new_tokens)
+    placement.decode.begin_running(session.key, session.num_tokens + needed_growth(running))
+    state.update_promise(session)
+    state.counters["prefills_remote" if placement.prefill else "prefills_local"] += 1
+
+
+# --------------------------------------------------------------------------- commanding
+
+
+def command_decode_worker(state: State, session: Session) -> None:
+    """The attempt is recorded: tell the decode worker, if it still lives."""
+    running = session.in_flight
+    assert running is not None
+    worker = state.fleet.find(running.decode)
+    lost = running.decode if worker is None else running.prefill
+    if worker is None or (running.prefill is not None and state.fleet.find(running.prefill) is None):
+        assert lost is not None
+        running.phase = "starting"
+        start_next_attempt(state, session, lost_worker_error(lost.worker_id), avoid=lost.worker_id)
+        return
+    if running.phase != "reconciling":
+        running.phase = "starting"
+    _send_run_round(state, session, running, worker)
+
+
+def _send_run_round(state: State, session: Session, running: RoundInFlight, worker: WorkerState) -> None:
+    assert session.binding is not None
+    assert session.binding.worker is worker
+    start = min(session.binding.num_known_tokens, session.num_tokens)
+    remote = running.prefill
+    started = running.started
+    state.send(
+        worker,
+        session.key,
+        RunRound(
+            tenant=session.key.tenant,
+            session=session.key.session,
+            round=running.index,
+            attempt=running.attempt,
+            incarnation=worker.incarnation,
+            tokens_start=start,
+            prefix_checksum=session.checksum_until(start),
+            token_ids=session.conversation_from(start),
+            num_history_tokens=session.num_tokens,
+            num_input_tokens=running.num_input_tokens,
+            num_forced_tokens=count_tokens(running.forced),
+            sampling=started.sampling,
+            stop=started.stop,
+            slo=started.slo,
+            deadline_s=max(0.0, running.deadline_at - state.now),
+            stream_encoding=started.stream_encoding,
+            remote=None
+            if remote is None
+            else RemotePrefill(worker_id=remote.worker_id, incarnation=remote.incarnation),
+        ),
+    )
+
+
+def note_run_round_ack(state: State, session: Session, ack: RunRoundAck) -> None:
+    """The decode worker has the round; a remote prefill can be commanded now."""
+    running = session.in_flight
+    assert running is not None
+    if running.phase not in ("starting", "reconciling"):
+        return
+    assert session.binding is not None
+    session.binding.num_known_tokens = session.num_tokens
+    running.output.adopt(ack.output_token_ids)
+    running.ended_at_worker = ack.state == "finished"
+    state.reconciling.discard(session.key)
+    has_output = running.output.num_tokens > count_tokens(running.forced)
+    running.phase = "decoding" if has_output or running.ended_at_worker else "prefilling"
+    if has_output:
+        end_prefill(state, session, running)
+    elif running.prefill is not None and not running.prefill_sent and not running.ended_at_worker:
+        _send_prefill_task(state, session, running, ack)
+    state.set_timer(session)
+    if not running.is_ending:
+        state.release_held(session.key)
+
+
+def _send_prefill_task(state: State, session: Session, running: RoundInFlight, ack: RunRoundAck) -> None:
+    assert running.prefill is not None
+    if ack.state == "running" and ack.history is None and ack.num_cached_tokens > 0:
+        return  # the prefill worker has read the history already: it has the task
+    worker = state.fleet.find(running.prefill)
+    if worker is None:
+        start_next_attempt(
+            state, session, lost_worker_error(running.prefill.worker_id), avoid=running.prefill.worker_id
+        )
+        return
+    num_forced = count_tokens(running.forced)
+    num_total = session.num_tokens + running.num_input_tokens + num_forced
+    # At least one token is computed: the first output token comes out of it.
+    num_cached = 0 if ack.history is None else min(ack.num_cached_tokens, num_total - 1)
+    running.num_cached_tokens = num_cached
+    running.prefill_sent = True
+    started = running.started
+    state.send(
+        worker,
+        session.key,
+        PrefillTask(
+            tenant=session.key.tenant,
+            session=session.key.session,
+            round=running.index,
+            attempt=running.attempt,
+            incarnation=worker.incarnation,
+            num_cached_tokens=num_cached,
+            token_ids=session.conversation_from(num_cached),
+            num_forced_tokens=num_forced,
+            sampling=started.sampling,
+            slo=started.slo,
+            waited_s=state.now - running.received_at,
+            deadline_s=max(0.0, running.deadline_at - state.now),
+            history=ack.history if num_cached > 0 else None,
+            decode_worker=running.decode.worker_id,
+            decode_incarnation=running.decode.incarnation,
+        ),
+    )
+
+
+def end_prefill(state: State, session: Session, running: RoundInFlight) -> None:
+    """The prefill no longer loads its worker."""
+    worker = state.fleet.find(running.prefill or running.decode)
+    if worker is not None:
+        worker.end_prefill(session.key)
+
+
+# ------------------------------------------------------------------------------- failing
+
+
+def lost_worker_error(worker_id: str) -> ErrorReply:
+    return ErrorReply(code=ErrorCode.WORKER_LOST, message=f"worker {worker_id} is gone")
+
+
+def lose_worker(state: State, worker: WorkerState) -> None:
+    """A worker is gone: every round that it has gets a new attempt. Its idle sessions are bound anew when needed."""
+    worker.alive = False
+    state.counters["workers_lost"] += 1
+    error = lost_worker_error(worker.worker_id)
+    for key in [*worker.running, *worker.prefills]:
+        session = state.sessions.get(key)
+        running = session.in_flight if session is not None else None
+        if session is None or running is None:
+            continue
+        decodes_here = running.decode == worker.ref
+        prefills_here = running.prefill == worker.ref and running.phase in ("starting", "prefilling")
+        if decodes_here or prefills_here:
+            start_next_attempt(state, session, error, avoid=worker.worker_id)
+
+
+def start_next_attempt(
+    state: State, session: Session, error: ErrorReply, *, avoid: str | None = None, remote_failed: bool = False
+) -> None:
+    """The newest attempt came to nothing because of `error`: try again, or end the round."""
+    running = session.in_flight
+    assert running is not None
+    if running.phase in ("recording", "waiting"):
+        return  # the next attempt is on its way; it looks at its workers before it starts
+    if running.output.is_complete:
+        finish_from_stream(state, session)
+        return
+    if running.phase == "stopping":
+        assert running.stop_reason is not None
+        fail_round(state, session, running.stop_reason)
+        return
+    if running.attempt >= state.config.max_attempts:
+        fail_round(state, session, error)
+        return
+    if avoid is not None:
+        running.avoid.add(avoid)
+    running.num_remote_failures += remote_failed
+    state.counters["attempts_failed"] += 1
+    cancel_at_workers(state, session)
+    state.leave_workers(session)
+    state.reconciling.discard(session.key)
+    running.phase = "waiting"
+    running.no_worker_since = None
+    config = state.config
+    backoff_s = (
+        0.0
+        if running.attempt == 1
+        else min(config.last_backoff_s, config.first_backoff_s * BACKOFF_FACTOR ** (running.attempt - 2))
+    )
+    running.not_before = state.now + backoff_s
+    if backoff_s == 0.0:
+        place_next_attempt(state, session)
+    else:
+        state.set_timer(session)
+
+
+def place_next_attempt(state: State, session: Session) -> None:
+    """A waiting round's time has come: place it, with what the client has seen as forced prefix, and record that."""
+    running = session.in_flight
+    assert running is not None
+    assert running.phase == "waiting"
+    forced = running.output.token_ids
+    placement = choose_placement(
+        state,
+        session,
+        num_new_tokens=running.num_input_tokens + count_tokens(forced),
+        num_needed_tokens=session.num_tokens + needed_growth(running),
+        slo=running.started.slo,
+        avoid=running.avoid,
+        force_local=running.num_remote_failures >= MAX_REMOTE_FAILURES,
+    )
+    if placement is None:
+        _wait_for_worker(state, session, running)
+        return
+    state.append(
+        session,
+        AttemptStartedEntry(
+            round=running.index,
+            attempt=running.attempt + 1,
+            forced_token_ids=forced,
+            deadline_s=max(0.0, running.deadline_at - state.now),
+            decode=placement.decode.ref,
+            prefill=placement.prefill.ref if placement.prefill is not None else None,
+        ),
+    )
+    occupy_workers(state, session, placement)
+    state.set_timer(session)
+
+
+def _wait_for_worker(state: State, session: Session, running: RoundInFlight) -> None:
+    if running.no_worker_since is None:
+        running.no_worker_since = state.now
+    if state.now - running.no_worker_since >= state.config.no_worker_patience_s:
+        message = f"no decode worker could take the round for {state.config.no_worker_patience_s:g} s: start one"
+        fail_round(state, session, ErrorReply(code=ErrorCode.NO_DECODE_WORKER, message=message))
+        return
+    running.not_before = state.now + state.config.placement_retry_s
+    state.set_timer(session)

@@ -1,0 +1,69 @@
+"""The invariants of the coordinator's state, checked by the tests after each event."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from shared.core.state import State, find_due, needed_growth
+
+
+def check_state(state: State) -> None:
+    """Raises AssertionError naming the invariant that does not hold."""
+    _check_counts(state)
+    _check_sessions(state)
+    _check_workers(state)
+
+
+def _check_counts(state: State) -> None:
+    in_flight = [s for s in state.sessions.values() if s.in_flight is not None]
+    assert state.num_rounds_in_flight == len(in_flight), "rounds in flight are counted"
+    tenants = Counter(key.tenant for key in state.sessions)
+    assert state.sessions_of_tenant == tenants, "sessions of each tenant are counted"
+    assert state.num_held == sum(map(len, state.held.values())), "held requests are counted"
+    assert all(state.held.values()), "no key without held requests"
+    assert not state.released, "released requests were looked at"
+    reconciling = {s.key for s in in_flight if s.in_flight is not None and s.in_flight.phase == "reconciling"}
+    assert state.reconciling == reconciling, "the reconciling set is the rounds in that phase"
+
+
+def _check_sessions(state: State) -> None:
+    timers: dict[tuple[object, float], int] = Counter((key, at) for at, _, key in state.list_timers())
+    for session in state.sessions.values():
+        running = session.in_flight
+        assert session.timer_at is not None, f"{session.key} has a timer"
+        assert timers[session.key, session.timer_at] >= 1, f"the timer of {session.key} is in the heap"
+        if not session.closing or running is not None or session.append_retry_at is not None:
+            assert session.timer_at <= find_due(session), f"the timer of {session.key} is in time"
+        assert len(session.history) % 4 == 0, "history is whole tokens"
+        if session.closing and running is None:
+            assert session.outbox, f"closing {session.key} has its closed entry on the way"
+        if session.append_retry_at is not None:
+            assert session.outbox, f"{session.key} has an append to try again"
+        if running is None:
+            continue
+        assert running.index == session.num_rounds - 1, "the round in flight is the newest"
+        assert 1 <= running.attempt <= state.config.max_attempts, "attempts are bounded"
+        if running.phase == "recording":
+            assert session.outbox, f"the attempt of {session.key} is on its way into the record"
+        if running.phase in ("starting", "prefilling", "decoding"):
+            assert session.binding is not None, f"running {session.key} is bound"
+            assert session.binding.worker.ref == running.decode, f"{session.key} runs where it is bound"
+            assert session.binding.worker.alive, f"{session.key} runs on a living worker"
+        assert (running.stop_reason is not None) == (running.phase == "stopping"), "stopping has a reason"
+
+
+def _check_workers(state: State) -> None:
+    promised: Counter[int] = Counter()
+    for session in state.sessions.values():
+        if session.binding is not None:
+            growth = needed_growth(session.in_flight) if session.in_flight is not None else 0
+            assert session.binding.num_promised_tokens == session.num_tokens + growth, "promises are up to date"
+            promised[id(session.binding.worker)] += session.binding.num_promised_tokens
+    for worker in state.fleet.workers.values():
+        assert worker.num_promised_tokens == promised[id(worker)], f"promises of {worker.worker_id} add up"
+        assert worker.num_running_tokens == sum(worker.running.values()), "running tokens add up"
+        for key in [*worker.running, *worker.prefills]:
+            session = state.sessions[key]
+            assert session.in_flight is not None, f"{key} at {worker.worker_id} is in flight"
+            at = {session.in_flight.decode, session.in_flight.prefill}
+            assert worker.ref in at, f"{key} was placed on {worker.worker_id}"

@@ -1,0 +1,101 @@
+// Vectors of floats, in the compiler's own notation: the same source for AVX2, AVX-512 and NEON.
+// `a * b + c` is contracted to one fused multiply-add (-ffp-contract=fast is GCC's default).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int MAX_ACCUMULATORS = 24;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int MAX_ACCUMULATORS = 12;  // of 16
+#else
+constexpr int LANES = 4;
+constexpr int MAX_ACCUMULATORS = 16;  // NEON: of 32
+#endif
+
+constexpr int PANEL = 16;  // outputs, query rows or head dimensions that are worked on together
+constexpr int PANEL_VECTORS = PANEL / LANES;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
+typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+static inline float widen(float value) { return value; }
+static inline float widen(Bf16 value) {
+  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Round to nearest, ties to even, as torch does.
+static inline void narrow(float value, float* to) { *to = value; }
+static inline void narrow(float value, Bf16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) {
+    to->bits = 0x7fc0;
+    return;
+  }
+  to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+static inline Vec load(const Bf16* from) {
+  VecHalf halves;
+  std::memcpy(&halves, from, sizeof halves);
+  VecBits bits = __builtin_convertvector(halves, VecBits) << 16;
+  Vec value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+static inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+static inline Vec broadcast(float value) { return value - Vec{}; }
+
+// The lanes are added in one fixed order, so a row's sum does not depend on which rows it stands with.
+static inline float sum_lanes(Vec value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x for x <= 0, to about 1 unit in the last place (the polynomial is Cephes' expf); e^-87.3 and below is not 0.
+static inline Vec exp_nonpositive(Vec x) {
+  x = maximum(x, broadcast(-87.3f));
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  Vec shifted = x * 1.44269504f + magic;
+  Vec n = shifted - magic;
+  Vec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  VecInt exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = exponent << 23;  // the integer n stands in the low bits of `shifted`
+  VecInt bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  bits = bits + exponent;
+  Vec result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}

@@ -1,0 +1,203 @@
+"""One blocking socket that carries frames: whole ones or a typed error, under a deadline on progress and on the total.
+
+Used by one thread; an Interrupt lets another make its calls fail at once. The socket never blocks for good: the
+kernel's SO_RCVTIMEO / SO_SNDTIMEO bound every call, and cost no extra system call each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from shared.errors import ErrorCode, KvTransferError
+from shared.transport.protocol import (
+    HEADER,
+    MAX_CONTROL_BYTES,
+    NO_LEASE,
+    NO_SEGMENT,
+    Body,
+    ControlBody,
+    Frame,
+    FrameKind,
+    LeaseId,
+    decode_body,
+    decode_header,
+    encode_body,
+    encode_header,
+)
+
+MAX_IOVECS = 1024  # IOV_MAX on Linux
+_UNIX_BUFFER_BYTES = 4 << 20  # asks; the kernel clamps it to net.core.wmem_max
+_TIMEVAL = struct.Struct("@ll")
+
+
+class ConnectionLost(KvTransferError):
+    """The socket is of no use any more: broken, stalled, or past its deadline."""
+
+
+class PeerClosed(ConnectionLost):
+    """The peer closed the connection between two frames."""
+
+
+def set_kernel_timeout(sock: socket.socket, option: int, timeout_s: float) -> None:
+    """SO_RCVTIMEO or SO_SNDTIMEO; at least a microsecond, since 0 would mean for ever."""
+    microseconds = max(1, int(timeout_s * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(microseconds, 1_000_000)))
+
+
+class Interrupt:
+    """Breaks the blocking socket calls of another thread: a connect, accept, send or receive.
+
+    Invariant: a watched socket is closed only after `forget`: what is shut down is never a descriptor's next use.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self.triggered = False
+
+    def watch(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sock = sock
+            if self.triggered:
+                _shut_down(sock)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._sock = None
+
+    def trigger(self) -> None:
+        """From any thread, any number of times: the watched socket, and those watched later, are shut down."""
+        with self._lock:
+            self.triggered = True
+            if self._sock is not None:
+                _shut_down(self._sock)
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # not connected any more, or not yet: then triggered tells its user
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+class Channel:
+    """`deadline_s` (from now) and `progress_timeout_s` hold until `set_deadlines` is called again."""
+
+    def __init__(self, sock: socket.socket, *, progress_timeout_s: float, deadline_s: float) -> None:
+        self.sock = sock
+        self._header = memoryview(bytearray(HEADER.size))
+        self._body = memoryview(bytearray(MAX_CONTROL_BYTES))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:  # TCP sizes its buffers itself
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
+        self.set_deadlines(progress_timeout_s=progress_timeout_s, deadline_s=deadline_s)
+
+    def set_deadlines(self, *, progress_timeout_s: float, deadline_s: float) -> None:
+        self._progress_timeout_s = progress_timeout_s
+        self._deadline = time.monotonic() + deadline_s
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            set_kernel_timeout(self.sock, option, min(progress_timeout_s, deadline_s))
+
+    # -------------------------------------------------------------------------------------- frames
+
+    def send_control(self, kind: FrameKind, body: ControlBody | None = None, lease: LeaseId = NO_LEASE) -> None:
+        payload = encode_body(body) if body is not None else b""
+        if len(payload) > MAX_CONTROL_BYTES:
+            raise KvTransferError(
+                ErrorCode.INVALID_REQUEST,
+                f"{kind.name} of {len(payload)} bytes is over the limit of {MAX_CONTROL_BYTES}",
+            )
+        self.send([memoryview(encode_header(kind, lease, NO_SEGMENT, len(payload)) + payload)])
+
+    def receive_header(self) -> memoryview:
+        """The bytes of the next frame's header, valid until the next call. Raises PeerClosed at the end of stream."""
+        self.receive_into([self._header], may_end=True)
+        return self._header
+
+    def receive_frame(self) -> Frame:
+        """Raises AmpdError MALFORMED_MESSAGE for what is not a frame."""
+        return decode_header(self.receive_header())
+
+    def receive_body(self, frame: Frame, body_type: type[Body]) -> Body:
+        """The body of a control frame; its length has been checked by decode_header."""
+        body = self._body[: frame.length]
+        self.receive_into([body])
+        return decode_body(body, body_type)
+
+    # --------------------------------------------------------------------------------------- bytes
+
+    def send(self, views: Sequence[memoryview]) -> None:
+        """Send every byte. Raises ConnectionLost."""
+        rest = [view for view in views if view.nbytes]
+        while rest:
+            try:
+                sent = self.sock.sendmsg(rest[:MAX_IOVECS], (), socket.MSG_NOSIGNAL)
+            except OSError as error:
+                raise self._failure(error, "took no byte") from error
+            rest = _advance(rest, sent)
+            self._check_deadline()
+
+    def receive_into(self, views: Sequence[memoryview], *, may_end: bool = False) -> None:
+        """Fill every view. Raises ConnectionLost; PeerClosed if may_end and the stream ends before the first byte."""
+        rest = [view for view in views if view.nbytes]
+        started = False
+        while rest:
+            try:
+                received = self.sock.recvmsg_into(rest[:MAX_IOVECS], 0, socket.MSG_WAITALL)[0]
+            except OSError as error:
+                raise self._failure(error, "sent no byte") from error
+            if received == 0:
+                error_type = PeerClosed if may_end and not started else ConnectionLost
+                raise error_type(ErrorCode.KV_TRANSFER_FAILED, "the peer closed the connection before the end")
+            started = True
+            rest = _advance(rest, received)
+            self._check_deadline()
+
+    def _check_deadline(self) -> None:
+        """The total deadline; while it is nearer than the progress timeout it bounds the kernel's wait as well."""
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, "the transfer's deadline has passed")
+        if remaining < self._progress_timeout_s:
+            set_kernel_timeout(self.sock, socket.SO_RCVTIMEO, remaining)
+            set_kernel_timeout(self.sock, socket.SO_SNDTIMEO, remaining)
+
+    def _failure(self, error: OSError, what: str) -> ConnectionLost:
+        if isinstance(error, BlockingIOError):  # how the kernel reports SO_RCVTIMEO and SO_SNDTIMEO
+            if time.monotonic() >= self._deadline:
+                return ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, "the transfer's deadline has passed")
+            return ConnectionLost(
+                ErrorCode.KV_TRANSFER_FAILED, f"stalled: the peer {what} for {self._progress_timeout_s:.3g} s"
+            )
+        return ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, f"the connection broke: {error.strerror or error}")
+
+    # ----------------------------------------------------------------------------------------- end
+
+    def is_quiet(self) -> bool:
+        """Whether an idle connection is still open and says nothing, as it should."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # end of stream, or bytes nobody asked for
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def _advance(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` after their first `count` bytes. The common case, all of them, costs no copy."""
+    index = 0
+    while index < len(views) and count >= views[index].nbytes:
+        count -= views[index].nbytes
+        index += 1
+    rest = views[index:]
+    if count:
+        rest[0] = rest[0][count:]
+    return rest

@@ -1,0 +1,42 @@
+"""Fault tests of the KV data plane share the modules that lie beside them; test folders are no packages."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def kv_threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")}
+
+
+def socket_descriptors() -> int:
+    """Open sockets of this process. The event loop's own pair is there before and after."""
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            count += str(link.readlink()).startswith("socket:")
+        except FileNotFoundError:
+            continue  # the listing's own descriptor
+    return count
+
+
+@pytest.fixture
+def nothing_leaks() -> Iterator[None]:
+    """Every thread and socket of the data plane is gone when the test's pairs are closed."""
+    threads, sockets = kv_threads(), socket_descriptors()
+    yield
+    assert kv_threads() == threads
+    assert socket_descriptors() == sockets
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Every behaviour holds over both socket families."""
+    return str(request.param)

@@ -1,0 +1,84 @@
+"""A KV peer in a process of its own, to be killed and stopped: `python kv_peer_process.py sender|receiver JSON`.
+
+Prints one JSON object a line. The sender leases a range and publishes its first half only. The receiver pulls what
+it is told, says when the first frame has arrived, and goes on when it reads a line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+from shared.core.types import KvLayout, RoundKey, Segment
+from shared.errors import KvTransferError
+from shared.transport.client import KvClient, PullRequest
+from shared.transport.leases import LeaseTable
+from shared.transport.memory import HostKvMemory
+from shared.transport.server import KvServer
+
+
+def say(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def send(options: dict[str, Any]) -> None:
+    layout = KvLayout(**options["layout"])
+    memory = HostKvMemory(layout, options["num_blocks"])
+    memory.blocks.fill(9)
+    leases = LeaseTable(time.monotonic)
+    server = KvServer(
+        memory,
+        leases,
+        worker_id=options["worker_id"],
+        incarnation=options["incarnation"],
+        secret=options["secret"].encode(),
+        listen=[options["listen"]],
+    )
+    endpoints = server.start()
+    num_tokens = options["num_blocks"] * layout.block_size
+    lease = leases.grant(
+        RoundKey(*options["key"]),
+        range(options["num_blocks"]),
+        0,
+        num_tokens,
+        ttl_s=60,
+        on_end=lambda lease, end: say(ended=end.value),
+        complete=False,
+        num_layers=layout.num_layers,
+    )
+    lease.publish(Segment(0, layout.num_layers, 0, num_tokens // 2))
+    say(endpoints=endpoints, lease_id=lease.lease_id, generation=lease.generation, num_tokens=num_tokens)
+    sys.stdin.readline()
+    server.close()
+
+
+async def receive(options: dict[str, Any]) -> None:
+    memory = HostKvMemory(KvLayout(**options["layout"]), options["num_blocks"])
+    client = KvClient(memory, worker_id=options["worker_id"], incarnation=options["incarnation"])
+    held = False
+
+    def hold(segment: Segment) -> None:
+        nonlocal held
+        if not held:
+            held = True
+            say(arrived=True)
+            sys.stdin.readline()
+
+    request = dict(options["request"], key=RoundKey(*options["request"]["key"]), on_segment=hold)
+    request["ticket"] = bytes.fromhex(request["ticket"])
+    try:
+        await client.start_pull(PullRequest(**request)).wait()
+        say(result="complete")
+    except KvTransferError as error:
+        say(result=error.code.value)
+    await client.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "sender":
+        send(json.loads(sys.argv[2]))
+    else:
+        asyncio.run(receive(json.loads(sys.argv[2])))

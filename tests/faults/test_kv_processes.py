@@ -1,0 +1,141 @@
+"""Peers that are processes of their own, killed and stopped in the middle of a transfer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from kv_pair import LARGE, RECEIVER, SECRET, SENDER, KvPair
+
+from shared.core.types import RoundKey
+from shared.errors import ErrorCode, KvTransferError
+from shared.transport.leases import LeaseEnd
+from shared.transport.tickets import mint
+
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
+
+SCRIPT = Path(__file__).with_name("kv_peer_process.py")
+NUM_BLOCKS = 80  # 20 MiB: more than the sockets between two processes hold
+
+
+class Peer:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(self.process.stdout.readline(), 60)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    async def stop(self) -> None:
+        """SIGSTOP, and proof that it has taken effect."""
+        self.signal(signal.SIGSTOP)
+        process = psutil.Process(self.process.pid)
+        async with asyncio.timeout(30):
+            while process.status() != psutil.STATUS_STOPPED:
+                await asyncio.sleep(0.001)
+
+    async def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        assert await self.process.wait() == -signal.SIGKILL
+
+
+@asynccontextmanager
+async def peer_process(role: str, **options: Any) -> AsyncIterator[Peer]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        SCRIPT,
+        role,
+        json.dumps({"layout": asdict(LARGE), "num_blocks": NUM_BLOCKS, **options}),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    try:
+        yield Peer(process)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_a_sender_in_the_middle(family: str, tmp_path: Path, how: str) -> None:
+    key = RoundKey("tenant", "session", 1, 1)
+    listen = "tcp://127.0.0.1:0" if family == "tcp" else f"unix://{tmp_path}/peer.sock"
+    async with (
+        KvPair(family, tmp_path, layout=LARGE, num_blocks=NUM_BLOCKS) as pair,
+        peer_process(
+            "sender", worker_id=SENDER[0], incarnation=SENDER[1], secret=SECRET.decode(), listen=listen, key=key
+        ) as peer,
+    ):
+        offered = await peer.read()
+        local = pair.grant(0, offered["num_tokens"], key=key)  # only to fill in the request
+        arrived = asyncio.Event()
+        request = replace(
+            pair.request(local, on_segment=pair.on_loop(arrived), progress_timeout_s=1.0),
+            endpoints=offered["endpoints"],
+            lease_id=offered["lease_id"],
+            generation=offered["generation"],
+        )
+        pull = pair.client.start_pull(request)
+        await asyncio.wait_for(arrived.wait(), 30)
+        await (peer.kill() if how == "killed" else peer.stop())
+        with pytest.raises(KvTransferError) as caught:
+            await pull.wait()
+        assert caught.value.code is ErrorCode.KV_TRANSFER_FAILED
+        pair.target.blocks.fill(3)
+        if how == "stopped":  # awake again, it finds the connection gone and gives its lease up
+            assert "stalled" in caught.value.message
+            peer.signal(signal.SIGCONT)
+            assert await peer.read() == {"ended": "failed"}
+        assert pair.target.blocks.min() == pair.target.blocks.max() == 3
+        await pair.assert_serves()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_a_receiver_in_the_middle(family: str, tmp_path: Path, how: str) -> None:
+    async with KvPair(family, tmp_path, layout=LARGE, num_blocks=NUM_BLOCKS) as pair:
+        lease = pair.grant(0, NUM_BLOCKS * LARGE.block_size)
+        request = {
+            "key": lease.key,
+            "endpoints": list(pair.endpoints),
+            "ticket": mint(SECRET, pair.claims(lease)).hex(),
+            "source": SENDER[0],
+            "source_incarnation": SENDER[1],
+            "lease_id": lease.lease_id,
+            "generation": lease.generation,
+            "block_table": list(range(NUM_BLOCKS)),
+            "token_start": lease.token_start,
+            "token_stop": lease.token_stop,
+            "progress_timeout_s": 1.0,
+        }
+        async with peer_process("receiver", worker_id=RECEIVER[0], incarnation=RECEIVER[1], request=request) as peer:
+            assert await peer.read() == {"arrived": True}
+            await (peer.kill() if how == "killed" else peer.stop())
+            assert await pair.ended(lease) is LeaseEnd.FAILED
+            assert pair.server.counters["failed"] == 1
+            if how == "stopped":  # awake again, it must not take half a transfer for a whole one
+                assert "stalled" in lease.reason
+                peer.signal(signal.SIGCONT)
+                peer.go_on()
+                assert await peer.read() == {"result": "kv_transfer_failed"}
+        await pair.assert_serves()

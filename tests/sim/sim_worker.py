@@ -1,0 +1,380 @@
+"""A worker that follows docs/architecture.md in virtual time: tokens from a hash, KV as a count of positions."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shared.core.types import SessionKey
+from shared.errors import ErrorCode
+from shared.messages import (
+    Ack,
+    CancelRun,
+    DropSession,
+    ErrorReply,
+    Heartbeat,
+    KvSource,
+    Message,
+    NeedTokens,
+    PrefillEnded,
+    PrefillTask,
+    Role,
+    RoundEnded,
+    RoundFinished,
+    RoundTokens,
+    RunRound,
+    RunRoundAck,
+    StopConditions,
+    Usage,
+    WindowStats,
+    pack_token_ids,
+    unpack_token_ids,
+)
+
+if TYPE_CHECKING:
+    from sim_cluster import SimCluster
+
+VOCAB_SIZE = 1000
+EOS = 0
+MAX_CONTEXT = 4096
+PREFILL_S, TOKEN_S = 0.02, 0.01
+
+
+def compute_token(prompt: list[int], index: int) -> int:
+    """Output token `index` of a prompt: the same on every worker, in every attempt."""
+    value = zlib.crc32(pack_token_ids([*prompt, index]))
+    return EOS if value % 23 == 0 else 1 + value % (VOCAB_SIZE - 1)
+
+
+def compute_output(prompt: list[int], stop: StopConditions) -> list[int]:
+    """The whole output that a fault-free run gives."""
+    output: list[int] = []
+    while find_finish_reason(output, stop) is None:
+        output.append(compute_token(prompt, len(output)))
+    return output
+
+
+def find_finish_reason(output: list[int], stop: StopConditions) -> str | None:
+    if output and output[-1] == EOS and not stop.ignore_eos:
+        return "stop"
+    return "length" if len(output) >= stop.max_output_tokens else None
+
+
+@dataclass(eq=False)
+class SimRun:
+    message: RunRound
+    num_cached: int
+    output: list[int]
+    seq: int = 0
+    lease: KvSource | None = None
+    ended: RoundEnded | None = None
+    stopped: bool = False
+    prefilled: bool = False
+
+
+@dataclass(eq=False)
+class SimSession:
+    tokens: list[int] = field(default_factory=list)
+    num_kv: int = 0
+    run: SimRun | None = None
+
+
+class SimWorker:
+    def __init__(self, cluster: SimCluster, worker_id: str, role: Role, incarnation: int) -> None:
+        self.cluster = cluster
+        self.worker_id = worker_id
+        self.role: Role = role
+        self.incarnation = incarnation
+        self.alive = True
+        self.draining = False
+        self.sessions: dict[SessionKey, SimSession] = {}
+        self.tasks: dict[tuple[SessionKey, int, int], PrefillTask] = {}
+        self.ended_tasks: set[tuple[SessionKey, int, int]] = set()
+        self.heartbeat_seq = 0
+        self._beat()
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.cluster.at(self.cluster.now + delay_s, lambda: action() if self.alive else None)
+
+    def _beat(self) -> None:
+        self.cluster.deliver_heartbeat(self, self.heartbeat())
+        self.later(1.0, self._beat)
+
+    def heartbeat(self) -> Heartbeat:
+        self.heartbeat_seq += 1
+        return Heartbeat(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            role=self.role,
+            seq=self.heartbeat_seq,
+            model="sim",
+            max_context_tokens=MAX_CONTEXT,
+            vocab_size=VOCAB_SIZE,
+            layout_hash="layout",
+            kv_endpoints=(),
+            num_blocks=1024,
+            num_free_blocks=1024 - sum(s.num_kv for s in self.sessions.values()) // 16,
+            block_size=16,
+            kv_bytes_per_token=64,
+            num_sessions=len(self.sessions),
+            num_running=0,
+            num_waiting=len(self.tasks),
+            num_leases=0,
+            queue=(),
+            queue_num_tokens=sum(len(t.token_ids) // 4 for t in self.tasks.values()),
+            ttft=WindowStats(),
+            itl=WindowStats(),
+            prefill_tokens_per_s=1000.0,
+            decode_step_s=TOKEN_S,
+            kv_bytes_per_s=1e9,
+            draining=self.draining,
+        )
+
+    # ------------------------------------------------------------------------- commands
+
+    def command(self, message: Message) -> Message:
+        match message:
+            case RunRound():
+                return self._run_round(message)
+            case PrefillTask():
+                return self._prefill_task(message)
+            case CancelRun():
+                self._cancel_tasks(SessionKey(message.tenant, message.session), message.round, message.attempt)
+                return self._cancel_run(message)
+            case DropSession():
+                key = SessionKey(message.tenant, message.session)
+                self._cancel_tasks(key, 10**9, 10**9)
+                session = self.sessions.pop(key, None)
+                if session is not None:
+                    self._stop_run(session)
+                return Ack()
+        raise AssertionError(f"no worker command: {message}")
+
+    def _run_round(self, message: RunRound) -> Message:
+        if message.incarnation != self.incarnation:
+            return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
+        assert self.role != "prefill", "only decode workers get rounds"
+        session = self.sessions.setdefault(SessionKey(message.tenant, message.session), SimSession())
+        run = session.run
+        if run is not None:
+            newest = run.message.round, run.message.attempt
+            if newest == (message.round, message.attempt):
+                return self._acknowledge(run, "running" if run.ended is None else "finished")
+            if newest > (message.round, message.attempt):
+                return ErrorReply(code=ErrorCode.STALE_ATTEMPT, message="a newer attempt runs here")
+        if self.draining:
+            return ErrorReply(code=ErrorCode.DRAINING, message="stopping")
+        self._stop_run(session)
+        prefix = session.tokens[: message.tokens_start]
+        if len(prefix) < message.tokens_start:
+            return NeedTokens(num_known_tokens=len(prefix))
+        if zlib.crc32(pack_token_ids(prefix)) != message.prefix_checksum:
+            return NeedTokens(num_known_tokens=0)
+        tokens = prefix + unpack_token_ids(message.token_ids)
+        expected = message.num_history_tokens + message.num_input_tokens + message.num_forced_tokens
+        assert len(tokens) == expected, "the announced tokens arrive"
+        common = 0
+        while common < min(len(tokens), session.num_kv) and tokens[common] == session.tokens[common]:
+            common += 1
+        session.tokens, session.num_kv = tokens, min(common, len(tokens) - 1)
+        prompt_length = message.num_history_tokens + message.num_input_tokens
+        session.run = run = SimRun(message, session.num_kv, tokens[prompt_length:])
+        if message.remote is None:
+            self.later(PREFILL_S, lambda: self._begin_decode(session, run))
+        elif session.num_kv > 0:
+            run.lease = KvSource(
+                worker_id=self.worker_id,
+                incarnation=self.incarnation,
+                endpoints=(),
+                lease_id=self.cluster.take_number(),
+                generation=1,
+                ttl_s=15.0,
+            )
+        return self._acknowledge(run, "started")
+
+    def _acknowledge(self, run: SimRun, state: str) -> RunRoundAck:
+        return RunRoundAck(
+            state=state,
+            num_cached_tokens=run.num_cached,
+            history=run.lease,
+            output_token_ids=pack_token_ids(run.output),
+        )
+
+    def _cancel_run(self, message: CancelRun) -> Message:
+        session = self.sessions.get(SessionKey(message.tenant, message.session))
+        run = session.run if session is not None else None
+        if session is None or run is None or run.message.round != message.round:
+            return Ack()
+        if run.message.attempt <= message.attempt:
+            self._stop_run(session)
+            del session.tokens[run.message.num_history_tokens :]
+            session.num_kv = min(session.num_kv, len(session.tokens))
+        return Ack()
+
+    def _stop_run(self, session: SimSession) -> None:
+        if session.run is not None:
+            session.run.stopped = True
+            session.run.lease = None
+            session.run = None
+
+    def forget_kv(self) -> None:
+        """Memory pressure: KV and tokens of idle sessions go."""
+        for key, session in list(self.sessions.items()):
+            if session.run is None or session.run.ended is not None:
+                del self.sessions[key]
+
+    # --------------------------------------------------------------------------- decode
+
+    def _begin_decode(self, session: SimSession, run: SimRun) -> None:
+        if not run.stopped and run.ended is None and not run.prefilled:
+            run.prefilled = True
+            self._take_token(session, run)
+
+    def _take_token(self, session: SimSession, run: SimRun) -> None:
+        if run.stopped or run.ended is not None:
+            return
+        message = run.message
+        if find_finish_reason(run.output, message.stop) is None:
+            prompt = session.tokens[: message.num_history_tokens + message.num_input_tokens]
+            token = compute_token(prompt, len(run.output))
+            session.num_kv = len(session.tokens)
+            session.tokens.append(token)
+            run.output.append(token)
+            self._publish(
+                run,
+                RoundTokens(
+                    session=message.session,
+                    round=message.round,
+                    attempt=message.attempt,
+                    seq=run.seq,
+                    start_index=len(run.output) - 1,
+                    token_ids=pack_token_ids([token]),
+                ),
+            )
+        reason = find_finish_reason(run.output, message.stop)
+        if reason is None:
+            self.later(TOKEN_S, lambda: self._take_token(session, run))
+        else:
+            self._end(run, reason, None)
+
+    def fail_run(self, key: SessionKey, code: ErrorCode) -> None:
+        """The attempt that runs here for a session stops with an error."""
+        session = self.sessions.get(key)
+        run = session.run if session is not None else None
+        if run is not None and run.ended is None:
+            run.stopped = True
+            self._end(run, None, ErrorReply(code=code, message="injected"))
+
+    def _end(self, run: SimRun, reason: str | None, error: ErrorReply | None) -> None:
+        message = run.message
+        usage = Usage(
+            num_history_tokens=message.num_history_tokens,
+            num_input_tokens=message.num_input_tokens,
+            num_cached_tokens=run.num_cached,
+            num_output_tokens=len(run.output),
+            prefill="remote" if message.remote else "local",
+            prefill_worker=message.remote.worker_id if message.remote else self.worker_id,
+            decode_worker=self.worker_id,
+        )
+        run.lease = None
+        run.ended = RoundEnded(
+            tenant=message.tenant,
+            session=message.session,
+            round=message.round,
+            attempt=message.attempt,
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            output_token_ids=pack_token_ids(run.output),
+            finish_reason=reason,
+            usage=usage if error is None else None,
+            error=error,
+        )
+        if reason is not None:
+            finished = RoundFinished(
+                session=message.session,
+                round=message.round,
+                attempt=message.attempt,
+                seq=run.seq,
+                num_output_tokens=len(run.output),
+                finish_reason=reason,
+                usage=usage,
+            )
+            self._publish(run, finished)
+        self.cluster.report_until_acknowledged(self, run.ended)
+
+    def _publish(self, run: SimRun, message: RoundTokens | RoundFinished) -> None:
+        run.seq += 1
+        self.cluster.publish_stream(SessionKey(run.message.tenant, message.session), message)
+
+    # -------------------------------------------------------------------------- prefill
+
+    def _prefill_task(self, message: PrefillTask) -> Message:
+        if message.incarnation != self.incarnation:
+            return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
+        assert self.role != "decode", "only prefill workers get tasks"
+        assert message.token_ids, "a prefill computes at least one token"
+        assert (message.history is not None) == (message.num_cached_tokens > 0)
+        key = SessionKey(message.tenant, message.session)
+        task = key, message.round, message.attempt
+        if task in self.tasks or task in self.ended_tasks:
+            return Ack()
+        if self.draining:
+            return ErrorReply(code=ErrorCode.DRAINING, message="stopping")
+        self._cancel_tasks(key, message.round, message.attempt - 1)
+        self.tasks[task] = message
+        self.later(PREFILL_S, lambda: self._compute(task))
+        return Ack()
+
+    def _cancel_tasks(self, key: SessionKey, round_index: int, attempt: int) -> None:
+        for task in list(self.tasks):
+            if task[0] == key and task[1:] <= (round_index, attempt):
+                del self.tasks[task]
+
+    def _compute(self, task: tuple[SessionKey, int, int]) -> None:
+        """Read the history from the decode worker, compute, hand over: one step, between two living workers."""
+        message = self.tasks.get(task)
+        if message is None:
+            return
+        decode = self.cluster.workers.get(message.decode_worker)
+        reachable = decode is not None and decode.alive and not self.cluster.data_plane_is_cut()
+        error = None
+        if not reachable or not decode.accept_prefill(message):
+            error = ErrorReply(code=ErrorCode.KV_TRANSFER_FAILED, message="the decode worker does not take it")
+        del self.tasks[task]
+        self.ended_tasks.add(task)
+        self.cluster.report_until_acknowledged(
+            self,
+            PrefillEnded(
+                tenant=message.tenant,
+                session=message.session,
+                round=message.round,
+                attempt=message.attempt,
+                worker_id=self.worker_id,
+                incarnation=self.incarnation,
+                error=error,
+                num_new_tokens=len(message.token_ids) // 4,
+                queued_s=0.0,
+                transfer_s=0.0,
+                prefill_s=PREFILL_S,
+                kv_bytes_read=0,
+            ),
+        )
+
+    def accept_prefill(self, task: PrefillTask) -> bool:
+        """KV and first token arrive from a prefill worker; False when this attempt does not wait for them."""
+        session = self.sessions.get(SessionKey(task.tenant, task.session))
+        run = session.run if session is not None else None
+        if session is None or run is None or run.stopped or run.ended is not None or run.prefilled:
+            return False
+        if self.incarnation != task.decode_incarnation:
+            return False
+        if (run.message.round, run.message.attempt) != (task.round, task.attempt):
+            return False
+        assert task.num_cached_tokens == run.num_cached, "the range offered is the range wanted"
+        new = array("i", task.token_ids).tolist()
+        assert session.tokens[task.num_cached_tokens :] == new, "the prefill computed the conversation's tokens"
+        self._begin_decode(session, run)
+        return True
