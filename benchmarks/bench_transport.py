@@ -252,8 +252,7 @@ async def run(args: argparse.Namespace, pipe: Connection) -> dict[str, Any]:
         # a client for each family: a client reuses its connections, whatever their family
         client = KvClient(memory, worker_id="receiver", incarnation=2)
         bench = Bench(pipe, client, memory, {family: endpoint})
-        for name in BLOCKS:
-            cases.append(await run_case(bench, plain, family, name, args.repeats))
+        cases.extend([await run_case(bench, plain, family, name, args.repeats) for name in BLOCKS])
         await client.close()
     return {
         "benchmark": "kv_transport",

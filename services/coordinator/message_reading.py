@@ -42,7 +42,7 @@ def read_request(data: bytes) -> ClientRequest:
         if len(token_ids) % TOKEN_BYTES:
             raise AmpdError(
                 ErrorCode.MALFORMED_MESSAGE,
-                f"token_ids must be a list, or little-endian int32 bytes: {len(token_ids)} bytes is not a multiple of 4",
+                f"token_ids must be a list, or little-endian int32 bytes: {len(token_ids)} is no multiple of 4",
             )
         if token_ids is not message.input.token_ids:
             return msgspec.structs.replace(message, input=TokensInput(token_ids=token_ids))

@@ -97,7 +97,7 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
     )
     leases = LeaseTable(clock)
     secret = _cluster_secret()
-    bus = await connect_nats_bus(args.nats_url, name=worker_id)
+    bus = await connect_nats_bus(args.nats_url, name=worker_id, on_lost=service.fail)
     with tempfile.TemporaryDirectory(prefix="ampd-kv-") as socket_dir:
         listen = args.kv_listen or [f"unix://{socket_dir}/kv.sock", "tcp://127.0.0.1:0"]
         server = KvServer(

@@ -89,6 +89,7 @@ class Channel:
     def __init__(self, sock: socket.socket, *, progress_timeout_s: float, deadline_s: float) -> None:
         self.sock = sock
         self._header = memoryview(bytearray(HEADER.size))
+        self._kernel_timeout_s = 0.0
         self._body = memoryview(bytearray(MAX_CONTROL_BYTES))
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -99,8 +100,7 @@ class Channel:
     def set_deadlines(self, *, progress_timeout_s: float, deadline_s: float) -> None:
         self._progress_timeout_s = progress_timeout_s
         self._deadline = time.monotonic() + deadline_s
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            set_kernel_timeout(self.sock, option, min(progress_timeout_s, deadline_s))
+        self._bound_kernel_waits(min(progress_timeout_s, deadline_s))
 
     # -------------------------------------------------------------------------------------- frames
 
@@ -163,8 +163,13 @@ class Channel:
         if remaining <= 0:
             raise ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, "the transfer's deadline has passed")
         if remaining < self._progress_timeout_s:
-            set_kernel_timeout(self.sock, socket.SO_RCVTIMEO, remaining)
-            set_kernel_timeout(self.sock, socket.SO_SNDTIMEO, remaining)
+            self._bound_kernel_waits(remaining)
+
+    def _bound_kernel_waits(self, timeout_s: float) -> None:
+        if timeout_s != self._kernel_timeout_s:
+            self._kernel_timeout_s = timeout_s
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                set_kernel_timeout(self.sock, option, timeout_s)
 
     def _failure(self, error: OSError, what: str) -> ConnectionLost:
         if isinstance(error, BlockingIOError):  # how the kernel reports SO_RCVTIMEO and SO_SNDTIMEO

@@ -188,9 +188,9 @@ def test_a_parent_that_is_gone_already_ends_it() -> None:
     assert process.stdout == b""
 
 
-def health(url: str, name: str) -> int:
+def health(url: str, name: str, *, timeout_s: float) -> int:
     return subprocess.run(
-        [sys.executable, "-m", "shared.service", "health", name, "--timeout", "1"],
+        [sys.executable, "-m", "shared.service", "health", name, "--timeout", str(timeout_s)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "AMPD_NATS_URL": url},
         stdout=subprocess.DEVNULL,
         timeout=LIMIT_S,
@@ -211,17 +211,17 @@ await bus.close()
         )
         read_until(process, "registered")
         for name in ("ampd-probe", "probe", "worker-7"):
-            assert health(server.url, name) == 0
-        assert health(server.url, "worker-8") == 1
+            assert health(server.url, name, timeout_s=LIMIT_S / 2) == 0
+        assert health(server.url, "worker-8", timeout_s=0.5) == 1
         process.send_signal(signal.SIGSTOP)
-        assert health(server.url, "probe") == 1
+        assert health(server.url, "probe", timeout_s=0.5) == 1
         process.send_signal(signal.SIGCONT)
-        assert health(server.url, "probe") == 0
+        assert health(server.url, "probe", timeout_s=LIMIT_S / 2) == 0
         process.terminate()
         assert finish(process)[0] == 0
-        assert health(server.url, "probe") == 1
+        assert health(server.url, "probe", timeout_s=0.5) == 1
         url = server.url
-    assert health(url, "probe") == 1
+    assert health(url, "probe", timeout_s=0.5) == 1
 
 
 def test_a_shadowed_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -65,9 +66,9 @@ class Cluster:
 StartCluster = Callable[..., Awaitable[Cluster]]
 
 
-@pytest.fixture
-async def start_cluster() -> AsyncIterator[StartCluster]:
-    """`await start_cluster(**ClusterOptions fields)`; the clusters are stopped at the end of the test."""
+@contextlib.asynccontextmanager
+async def cluster_starter() -> AsyncIterator[StartCluster]:
+    """`await start(**ClusterOptions fields)`, as often as wanted; what was started is stopped at the end."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**options: object) -> Cluster:
@@ -83,6 +84,19 @@ async def start_cluster() -> AsyncIterator[StartCluster]:
             return Cluster(local, client, reports)
 
         yield start
+
+
+@pytest.fixture
+async def start_cluster() -> AsyncIterator[StartCluster]:
+    async with cluster_starter() as start:
+        yield start
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_cluster() -> AsyncIterator[Cluster]:
+    """One cluster, policy `ampd`, for all tests of a module (which must run in the module's event loop)."""
+    async with cluster_starter() as start:
+        yield await start(policy="ampd")
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shared.errors import AmpdError, ErrorCode
 from shared.messages import StopConditions
 
 
@@ -115,3 +116,11 @@ async def test_planner_killed_serving_goes_on(start_cluster: Any, planned_sessio
         await play_session(session, planned_sessions[0], 1)
     assert (await cluster.client.planner_stats(timeout_s=30)).num_rounds >= 1
     await cluster.assert_everything_returned()
+
+
+async def test_no_decode_worker_is_said_at_once(start_cluster: Any) -> None:
+    cluster = await start_cluster(num_decode=0)
+    with pytest.raises(AmpdError) as caught:
+        await cluster.client.open_session()
+    assert caught.value.code is ErrorCode.NO_DECODE_WORKER
+    assert caught.value.retry_after_s is not None

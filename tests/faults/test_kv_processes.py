@@ -48,10 +48,8 @@ class Peer:
     async def stop(self) -> None:
         """SIGSTOP, and proof that it has taken effect."""
         self.signal(signal.SIGSTOP)
-        process = psutil.Process(self.process.pid)
-        async with asyncio.timeout(30):
-            while process.status() != psutil.STATUS_STOPPED:
-                await asyncio.sleep(0.001)
+        await asyncio.to_thread(os.waitid, os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+        assert psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
 
     async def kill(self) -> None:
         self.signal(signal.SIGKILL)
