@@ -38,34 +38,57 @@ struct Attention {
   float scaling;
 };
 
+// Rows of one sequence (row = query index * group + query head within the group) for some of its KV heads.
+struct Panel {
+  int64_t sequence, first_row, rows, first_head, heads;
+};
+
+// What the rows of one head carry from tile to tile.
+struct Head {
+  float* queries;  // [head_dim][lanes], scaled
+  float* output;   // [rows][head_dim]
+  alignas(64) float maxima[PANEL];
+  alignas(64) float totals[PANEL];
+};
+
 struct Scratch {
   std::unique_ptr<float[]> memory;
-  float *queries, *output, *keys, *values;
-  explicit Scratch(int64_t head_dim)
-      : memory(new float[(2 * PANEL + 2 * TILE) * head_dim]),
-        queries(memory.get()),
-        output(queries + PANEL * head_dim),
-        keys(output + PANEL * head_dim),
-        values(keys + TILE * head_dim) {}
+  std::vector<Head> heads;
+  float *keys, *values;
+  Scratch(int64_t kv_heads, int64_t head_dim)
+      : memory(new float[(kv_heads * 2 * PANEL + 2 * TILE) * head_dim]), heads(kv_heads) {
+    float* next = memory.get();
+    for (Head& head : heads) {
+      head.queries = next;
+      head.output = next + PANEL * head_dim;
+      next += 2 * PANEL * head_dim;
+    }
+    keys = next;
+    values = next + TILE * head_dim;
+  }
 };
 
-struct Panel {
-  int64_t sequence, head, first_row, rows;  // row = query index * group + query head within the group
-};
-
-// scores[key][query] for `count` keys; the tail is computed for repeated keys and ignored.
-template <int VECTORS>
-void score_tile(const float* queries, const float* const* keys, int count, int64_t head_dim, float* scores) {
+// scores[key][query] for `count` keys; the tail is computed for repeated keys and ignored. On the way it asks for the
+// keys and values of the next tile, a few cache lines at a time: they are short runs in scattered blocks, which the
+// processor does not foresee, and asking for all at once would stall like reading them.
+template <int VECTORS, typename Kv>
+void score_tile(const float* queries, const float* const* keys, int count, int64_t head_dim, const Kv* const* ahead,
+                int64_t head_offset, int64_t value_offset, float* scores) {
   // With one vector a query takes four dimensions at a time: eight pointers do not fit the registers beside the sums,
   // so each is fetched once per four multiply-adds.
   constexpr int KEYS = VECTORS == 1 ? 8 : MAX_ACCUMULATORS / VECTORS;
-  constexpr int DIMS = VECTORS == 1 ? 4 : 1;
+  constexpr int DIMS = VECTORS == 1 ? 4 : 2;
   constexpr int WIDTH = VECTORS * LANES;
+  constexpr int64_t CACHE_LINE = 64 / sizeof(Kv);
   for (int key = 0; key < count; key += KEYS) {
     Vec sums[KEYS][VECTORS] = {};
     const float* rows[KEYS];
     for (int i = 0; i < KEYS; ++i) rows[i] = keys[std::min(key + i, count - 1)];
     for (int64_t d = 0; d < head_dim; d += DIMS) {
+      if (d % CACHE_LINE == 0)
+        for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[key + i] + head_offset + d);
+      if (d % CACHE_LINE == CACHE_LINE / 2)
+        for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[key + i] + head_offset + value_offset + d);
       Vec query[DIMS][VECTORS];
       for (int e = 0; e < DIMS; ++e)
         for (int j = 0; j < VECTORS; ++j) query[e][j] = load(queries + (d + e) * WIDTH + j * LANES);
@@ -148,42 +171,35 @@ void soften_tile(float* scores, int64_t tile_start, int count, const int32_t* li
   }
 }
 
+// Where the keys of the panel's first head at positions from `start` on are; past the last one it is repeated.
 template <typename Kv>
-const Kv* find_key(const Attention& a, const Kv* pool, const Panel& panel, int64_t position) {
-  const int64_t block = a.tables[panel.sequence * a.table_stride + position / a.block_size];
-  return pool + block * a.block_stride + (position % a.block_size * a.kv_heads + panel.head) * a.head_dim;
-}
-
-// One head's keys are short runs in scattered blocks: the processor does not guess them. Without this a decode step
-// waits for memory most of the time.
-template <typename Kv>
-void prefetch_tile(const Attention& a, const Kv* pool, const Panel& panel, int64_t tile_start, int count) {
-  constexpr int64_t CACHE_LINE = 64 / sizeof(Kv);
-  for (int i = 0; i < count; ++i) {
-    const Kv* key = find_key(a, pool, panel, tile_start + i);
-    for (int64_t d = 0; d < a.head_dim; d += CACHE_LINE) {
-      __builtin_prefetch(key + d);
-      __builtin_prefetch(key + a.value_offset + d);
+void find_keys(const Attention& a, const Kv* pool, const Panel& panel, int64_t start, int64_t count, const Kv** keys) {
+  const int64_t* block = a.tables + panel.sequence * a.table_stride + start / a.block_size;
+  int64_t slot = start % a.block_size;
+  for (int64_t i = 0; i < TILE_PADDED; ++i) {
+    keys[i] = pool + *block * a.block_stride + (slot * a.kv_heads + panel.first_head) * a.head_dim;
+    if (i + 1 < count && ++slot == a.block_size) {
+      slot = 0;
+      ++block;
     }
   }
 }
 
-// Where the keys and values of the tile's positions are. bfloat16 ones are widened into the scratch first.
+// float32 keys and values are read where they are; bfloat16 ones are widened into the scratch first.
 template <typename Kv>
-void locate_tile(const Attention& a, const Kv* pool, const Panel& panel, int64_t tile_start, int count,
-                 Scratch& scratch, const float** keys, const float** values) {
+void widen_tile(const Attention& a, const Kv* const* found, int count, int64_t offset, Scratch& scratch,
+                const float** keys, const float** values) {
   for (int i = 0; i < count; ++i) {
-    const Kv* key = find_key(a, pool, panel, tile_start + i);
-    const Kv* value = key + a.value_offset;
+    const Kv* key = found[i] + offset;
     if constexpr (std::is_same_v<Kv, float>) {
       keys[i] = key;
-      values[i] = value;
+      values[i] = key + a.value_offset;
     } else {
       float* wide_key = scratch.keys + i * a.head_dim;
       float* wide_value = scratch.values + i * a.head_dim;
       for (int64_t d = 0; d < a.head_dim; d += LANES) {
         store(wide_key + d, load(key + d));
-        store(wide_value + d, load(value + d));
+        store(wide_value + d, load(key + a.value_offset + d));
       }
       keys[i] = wide_key;
       values[i] = wide_value;
@@ -191,69 +207,88 @@ void locate_tile(const Attention& a, const Kv* pool, const Panel& panel, int64_t
   }
 }
 
-template <int VECTORS, typename Kv>
-void attend_panel(const Attention& a, const Kv* pool, const Panel& panel, Scratch& scratch) {
-  constexpr int WIDTH = VECTORS * LANES;
-  alignas(64) float scores[TILE_PADDED * WIDTH];
-  alignas(64) float maxima[WIDTH], totals[WIDTH], decay[WIDTH];
-  alignas(64) int32_t limits[WIDTH];
-  const float *keys[TILE], *values[TILE], *query_rows[WIDTH];
-  const int64_t token_start = a.query_starts[panel.sequence];
-  const int64_t first_position =
-      a.contexts[panel.sequence] - (a.query_starts[panel.sequence + 1] - token_start);
-  for (int i = 0; i < WIDTH; ++i) {
-    const int64_t row = panel.first_row + std::min<int64_t>(i, panel.rows - 1);  // spare lanes repeat the last row
-    const int64_t query = row / a.group;
-    limits[i] = static_cast<int32_t>(first_position + query);
-    query_rows[i] = a.queries + (token_start + query) * a.query_stride +
-                    (panel.head * a.group + row % a.group) * a.head_dim;
-    maxima[i] = MINUS_INFINITY;
-    totals[i] = 0.0f;
-  }
-  for (int64_t d = 0; d < a.head_dim; ++d)
-    for (int i = 0; i < WIDTH; ++i) scratch.queries[d * WIDTH + i] = query_rows[i][d] * a.scaling;
-  std::fill(scratch.output, scratch.output + panel.rows * a.head_dim, 0.0f);
+// Where the row's query (or output) of KV head `head` stands: the offset in its matrix.
+int64_t find_row(const Attention& a, const Panel& panel, int64_t row, int64_t head, int64_t stride) {
+  return (a.query_starts[panel.sequence] + row / a.group) * stride + (head * a.group + row % a.group) * a.head_dim;
+}
 
-  const int64_t stop = limits[panel.rows - 1] + 1;  // keys from here on are nobody's: they may not even be written
-  for (int64_t tile_start = 0; tile_start < stop; tile_start += TILE) {
-    const int count = static_cast<int>(std::min<int64_t>(TILE, stop - tile_start));
-    locate_tile(a, pool, panel, tile_start, count, scratch, keys, values);
-    const int64_t next = tile_start + TILE;
-    prefetch_tile(a, pool, panel, next, static_cast<int>(std::clamp<int64_t>(stop - next, 0, TILE)));
-    score_tile<VECTORS>(scratch.queries, keys, count, a.head_dim, scores);
-    soften_tile<VECTORS>(scores, tile_start, count, limits, tile_start + count - 1 > limits[0], maxima, totals, decay);
-    constexpr int ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;
-    for (int64_t row = 0; row < panel.rows; row += ROWS)
-      add_values_to<ROWS>(std::min<int64_t>(ROWS, panel.rows - row), scores + row, WIDTH, values, count, decay + row,
-                          scratch.output + row * a.head_dim, a.head_dim);
+template <int WIDTH>
+void begin_head(const Attention& a, const Panel& panel, int64_t index, Head& head) {
+  for (int64_t i = 0; i < WIDTH; ++i) {
+    const int64_t row = panel.first_row + std::min<int64_t>(i, panel.rows - 1);  // spare lanes repeat the last row
+    const float* query = a.queries + find_row(a, panel, row, panel.first_head + index, a.query_stride);
+    for (int64_t d = 0; d < a.head_dim; ++d) head.queries[d * WIDTH + i] = query[d] * a.scaling;
+    head.maxima[i] = MINUS_INFINITY;
+    head.totals[i] = 0.0f;
   }
+  std::fill(head.output, head.output + panel.rows * a.head_dim, 0.0f);
+}
+
+void finish_head(const Attention& a, const Panel& panel, int64_t index, const Head& head) {
   for (int64_t i = 0; i < panel.rows; ++i) {
-    const int64_t row = panel.first_row + i;
-    float* out = a.out + (token_start + row / a.group) * a.out_stride +
-                 (panel.head * a.group + row % a.group) * a.head_dim;
-    const float inverse = 1.0f / totals[i];
-    for (int64_t d = 0; d < a.head_dim; ++d) out[d] = scratch.output[i * a.head_dim + d] * inverse;
+    float* out = a.out + find_row(a, panel, panel.first_row + i, panel.first_head + index, a.out_stride);
+    const float inverse = 1.0f / head.totals[i];
+    for (int64_t d = 0; d < a.head_dim; ++d) out[d] = head.output[i * a.head_dim + d] * inverse;
   }
 }
 
-std::vector<Panel> cut_into_panels(const Attention& a) {
+template <int VECTORS, typename Kv>
+void attend_panel(const Attention& a, const Kv* pool, const Panel& panel, Scratch& scratch) {
+  constexpr int WIDTH = VECTORS * LANES;
+  constexpr int ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;
+  alignas(64) float scores[TILE_PADDED * WIDTH];
+  alignas(64) float decay[WIDTH];
+  alignas(64) int32_t limits[WIDTH];  // the last position each row may look at
+  const float *keys[TILE], *values[TILE];
+  const Kv *found[TILE_PADDED], *ahead[TILE_PADDED];
+  const int64_t num_new = a.query_starts[panel.sequence + 1] - a.query_starts[panel.sequence];
+  for (int64_t i = 0; i < WIDTH; ++i) {
+    const int64_t row = panel.first_row + std::min<int64_t>(i, panel.rows - 1);
+    limits[i] = static_cast<int32_t>(a.contexts[panel.sequence] - num_new + row / a.group);
+  }
+  for (int64_t h = 0; h < panel.heads; ++h) begin_head<WIDTH>(a, panel, h, scratch.heads[h]);
+
+  const int64_t stop = limits[panel.rows - 1] + 1;  // keys from here on are nobody's: they may not even be written
+  find_keys(a, pool, panel, 0, std::min<int64_t>(TILE, stop), ahead);
+  for (int64_t start = 0; start < stop; start += TILE) {
+    const int count = static_cast<int>(std::min<int64_t>(TILE, stop - start));
+    const bool masked = start + count - 1 > limits[0];
+    std::copy(ahead, ahead + TILE_PADDED, found);
+    if (start + TILE < stop) find_keys(a, pool, panel, start + TILE, std::min<int64_t>(TILE, stop - start - TILE), ahead);
+    for (int64_t h = 0; h < panel.heads; ++h) {
+      Head& head = scratch.heads[h];
+      widen_tile(a, found, count, h * a.head_dim, scratch, keys, values);
+      score_tile<VECTORS>(head.queries, keys, count, a.head_dim, ahead, h * a.head_dim, a.value_offset, scores);
+      soften_tile<VECTORS>(scores, start, count, limits, masked, head.maxima, head.totals, decay);
+      for (int64_t row = 0; row < panel.rows; row += ROWS)
+        add_values_to<ROWS>(std::min<int64_t>(ROWS, panel.rows - row), scores + row, WIDTH, values, count, decay + row,
+                            head.output + row * a.head_dim, a.head_dim);
+    }
+  }
+  for (int64_t h = 0; h < panel.heads; ++h) finish_head(a, panel, h, scratch.heads[h]);
+}
+
+// A decoding sequence's heads stay together, so that its blocks are read from memory in one go; unless that leaves
+// threads without work. In a prefill the keys come from a cache, and one head's fit a nearer one.
+std::vector<Panel> cut_into_panels(const Attention& a, int threads) {
   std::vector<Panel> panels;
   for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
     const int64_t rows = (a.query_starts[sequence + 1] - a.query_starts[sequence]) * a.group;
+    const int64_t heads = rows <= PANEL && a.sequences >= 2 * threads ? a.kv_heads : 1;
     // The last rows have the most keys: they go first, so that no thread is left with a long one at the end.
     for (int64_t row = (rows - 1) / PANEL * PANEL; row >= 0; row -= PANEL)
-      for (int64_t head = 0; head < a.kv_heads; ++head)
-        panels.push_back({sequence, head, row, std::min<int64_t>(PANEL, rows - row)});
+      for (int64_t head = 0; head < a.kv_heads; head += heads)
+        panels.push_back({sequence, row, std::min<int64_t>(PANEL, rows - row), head, heads});
   }
   return panels;
 }
 
 template <typename Kv>
 void attend(const Attention& a, const Kv* pool, int threads) {
-  const std::vector<Panel> panels = cut_into_panels(a);
+  const std::vector<Panel> panels = cut_into_panels(a, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch scratch(a.head_dim);
+    Scratch scratch(a.kv_heads, a.head_dim);
 #pragma omp for schedule(dynamic)
     for (size_t index = 0; index < panels.size(); ++index) {
       if (panels[index].rows <= LANES)

@@ -41,6 +41,8 @@ void multiply_tile(const Product& product, const Weight* weights, int64_t panel_
     }
   const float* x = product.x + row * product.x_stride;
   for (int64_t k = first; k < last; ++k) {
+    // The block after this one, into the L2 cache: while many rows pass over this block, memory would stand idle.
+    if (PANELS == 1) __builtin_prefetch(weights + (k - first + INPUT_BLOCK) * PANEL, 0, 2);
     Vec weight[PANELS * PANEL_VECTORS];
     for (int p = 0; p < PANELS; ++p)
       for (int j = 0; j < PANEL_VECTORS; ++j)

@@ -29,7 +29,7 @@ from shared.errors import AmpdError, ErrorCode, KvTransferError
 PROTOCOL_VERSION = 1
 MAGIC = b"AKV1"
 MAX_CONTROL_BYTES = 4096
-CHUNK_BYTES = 1 << 20  # payload of one frame, unless one block of one layer is larger
+CHUNK_BYTES = 4 << 20  # payload of one frame, unless one block of one layer is larger (why: ADR 0004)
 KEEPALIVE_S = 0.5
 
 HEADER = struct.Struct("<4sBxxxQQQIIIIQ8x")  # magic, kind, incarnation, lease, generation, segment, length

@@ -113,8 +113,14 @@ async def test_planner_killed_serving_goes_on(start_cluster: Any, planned_sessio
     async with await cluster.client.open_session() as session:
         await play_session(session, planned_sessions[0], 0, 1)
         await wait_gone(kill(cluster.local.services["planner"]))
-        await play_session(session, planned_sessions[0], 1)
-    assert (await cluster.client.planner_stats(timeout_s=30)).num_rounds >= 1
+        await play_session(session, planned_sessions[0], 1, 2)
+        await cluster.client.planner_stats(timeout_s=60)  # it was started again
+        await play_session(session, planned_sessions[0], 2, 3)
+
+    async def counts_again() -> bool:
+        return (await cluster.client.planner_stats()).num_rounds >= 1
+
+    await cluster.wait_until(counts_again, "the new planner was to count rounds")
     await cluster.assert_everything_returned()
 
 

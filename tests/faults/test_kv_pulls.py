@@ -43,7 +43,7 @@ async def test_many_frames_arrive_bit_identical(family: str, tmp_path: Path) -> 
         request = pair.request(lease)
         result = await pair.client.start_pull(request).wait()
         pair.assert_moved(lease, request)
-        assert result.num_segments > 5
+        assert result.num_segments > 2
 
 
 async def test_layers_travel_while_the_producer_computes(family: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sim_client import SimClient
 from sim_worker import SimWorker
@@ -39,6 +39,7 @@ from shared.core.events import (
     WorkerReported,
 )
 from shared.core.records import decode_entry, encode_entry
+from shared.core.session import fold
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
 from shared.messages import (
@@ -144,9 +145,27 @@ class SimCluster:
         self._tick(self._life)
 
     def kill_coordinator(self) -> None:
+        self._check_records()
         self.coordinator = None
         self._acknowledged.clear()
         self._replies.clear()
+
+    def _check_records(self) -> None:
+        """What memory has and what the record gives back are the same, when nothing is on its way."""
+        assert self.coordinator is not None
+        for key, session in self.coordinator.state.sessions.items():
+            if session.outbox:
+                continue
+            folded = fold(key, tuple(map(decode_entry, self.records[key])), session.rounds_kept)
+            assert folded is not None
+            assert folded.history == session.history
+            assert folded.history_checksum == session.history_checksum
+            assert (folded.num_rounds, folded.round_of_key) == (session.num_rounds, session.round_of_key)
+            assert [replace(r, decision=None) for r in session.rounds.values()] == list(folded.rounds.values())
+            assert (folded.in_flight is None) == (session.in_flight is None)
+            if folded.in_flight is not None and session.in_flight is not None:
+                for name in ("started", "attempt", "forced", "decode", "prefill"):
+                    assert getattr(folded.in_flight, name) == getattr(session.in_flight, name)
 
     def _tick(self, life: int) -> None:
         if self.coordinator is not None and life == self._life:
