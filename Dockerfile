@@ -12,7 +12,9 @@ CMD ["nats-server", "--config", "/etc/nats/ampd.conf"]
 # ---------------------------------------------------------------------------- dependencies
 FROM python:3.11-slim AS dependencies
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# torch alone and first: the largest layer, and the one that changes least
+# the engine's C++ kernels are compiled for the processor that they run on, when the first worker starts
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# torch alone: the largest layer, and one that seldom changes
 ARG TORCH="torch==2.13.0"
 RUN pip install ${TORCH}
 # what pyproject.toml asks for, before any source is copied: an edit of the source does not repeat it
@@ -36,9 +38,10 @@ RUN for name in smollm2 tiny-random; do \
 FROM dependencies AS ampd
 # OMP_NUM_THREADS: several workers share the machine, and threads of one that wait for another's core cost far
 # more than they bring. HOME: the root file system is read-only.
-ENV OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+ENV OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HOME=/tmp PYTHONDONTWRITEBYTECODE=1 AMPD_CACHE_DIR=/var/cache/ampd
 RUN groupadd --gid 10001 ampd && useradd --uid 10001 --gid ampd --no-create-home --shell /usr/sbin/nologin ampd \
- && mkdir -p /var/lib/ampd/secret /var/lib/ampd/planner && chown -R ampd:ampd /var/lib/ampd \
+ && mkdir -p /var/lib/ampd/secret /var/lib/ampd/planner /var/cache/ampd \
+ && chown -R ampd:ampd /var/lib/ampd /var/cache/ampd \
  && chmod 700 /var/lib/ampd/secret
 COPY --from=model /models /models
 COPY pyproject.toml README.md LICENSE ./

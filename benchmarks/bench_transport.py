@@ -2,7 +2,7 @@
 
 The sender is a process of its own. Every case is repeated, the contenders taking turns; medians are reported. CPU is
 that of both processes together. `plain` is sendall / recv_into of one contiguous buffer on a socket with default
-options; `plain-4M` has the 4 MiB send buffer that the transport asks for on Unix sockets.
+options; `plain-1M` has the 1 MiB send buffer that the transport asks for on Unix sockets.
 
 Example:
     python benchmarks/bench_transport.py --repeats 5 --out transport.json
@@ -196,7 +196,7 @@ async def run_case(bench: Bench, plain: dict[str, Any], family: str, name: str, 
     data = bench.memory.blocks.data.cast("B")
     flat, other = bench.memory.blocks.reshape(-1), np.ones(num_bytes, dtype=np.uint8)
     order = np.random.default_rng(7)
-    results = {contender: Samples(num_bytes) for contender in ("ampd", "plain", "plain-4M", "memcpy")}
+    results = {contender: Samples(num_bytes) for contender in ("ampd", "plain", "plain-1M", "memcpy")}
     for repeat in range(repeats + 1):  # the first is a warm-up
         tables = [list(range(blocks)), list(range(blocks))]
         if "scattered" in name:
@@ -205,7 +205,7 @@ async def run_case(bench: Bench, plain: dict[str, Any], family: str, name: str, 
         kept = {key: Samples(num_bytes) for key in results} if repeat == 0 else results
         await bench.measure(kept["ampd"], pull)
         await bench.measure(kept["memcpy"], copy_memory(other, flat[:num_bytes]))
-        for contender, send_buffer in (("plain", 0), ("plain-4M", 4 * MIB)):
+        for contender, send_buffer in (("plain", 0), ("plain-1M", MIB)):
             with socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET) as sock:
                 sock.connect(plain[family])
                 # the sender is inside this connection until it is closed, and cannot be asked for its CPU time
@@ -217,7 +217,7 @@ async def run_case(bench: Bench, plain: dict[str, Any], family: str, name: str, 
                 cpu = time.process_time() - cpu
             kept[contender].cpu_s.append(cpu + bench.ask("cpu") - before)
     summary: dict[str, Any] = {contender: samples.summary() for contender, samples in results.items()}
-    for limit in ("plain", "plain-4M", "memcpy"):
+    for limit in ("plain", "plain-1M", "memcpy"):
         summary[f"ampd_over_{limit}"] = summary["ampd"]["gib_per_s"] / summary[limit]["gib_per_s"]
     return {"family": family, "case": name, "num_bytes": num_bytes, **summary}
 
@@ -269,14 +269,14 @@ async def run(args: argparse.Namespace, pipe: Connection) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     table = Table(title=f"KV transport, medians of {report['repeats']}: GiB/s (CPU s/GiB of both processes)")
-    for column in ("family", "case", "ampd", "plain", "plain-4M", "memcpy", "ampd / plain", "/ plain-4M", "/ memcpy"):
+    for column in ("family", "case", "ampd", "plain", "plain-1M", "memcpy", "ampd / plain", "/ plain-1M", "/ memcpy"):
         table.add_column(column, justify="left" if column in ("family", "case") else "right")
     for case in report["cases"]:
         speeds = [
             f"{case[name]['gib_per_s']:.2f} ({case[name]['cpu_s_per_gib']:.2f})"
-            for name in ("ampd", "plain", "plain-4M", "memcpy")
+            for name in ("ampd", "plain", "plain-1M", "memcpy")
         ]
-        ratios = [f"{case[f'ampd_over_{name}']:.0%}" for name in ("plain", "plain-4M", "memcpy")]
+        ratios = [f"{case[f'ampd_over_{name}']:.0%}" for name in ("plain", "plain-1M", "memcpy")]
         table.add_row(case["family"], case["case"], *speeds, *ratios)
     console = Console()
     console.print(table)

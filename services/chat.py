@@ -68,9 +68,9 @@ def _converse(session: ClientSession, options: ChatOptions, interactive: bool, r
             result = _wait_or_cancel(running, session, run)
         except AmpdError as error:
             num_failed += 1
-            console.print(Text(f"\n{error.message}", style="red"))
+            console.print(Text(f"\n{error.message}", style="red"), soft_wrap=True)
         else:
-            console.print(Text(describe_round(result), style="dim"))
+            console.print(Text(describe_round(result), style="dim"), soft_wrap=True)
             new_messages = []
     return num_failed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AmpdError as error:
         print(f"ampd: {error.message}", file=sys.stderr)
         return USAGE_ERROR if error.code is ErrorCode.INVALID_REQUEST else 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

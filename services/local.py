@@ -23,6 +23,7 @@ from typing import IO
 
 from services.data_dir import check_same_model, lock_data_dir
 from services.service_process import ServiceProcess, describe_exit
+from shared.child_process import dying_with_this_process
 from shared.client import AmpdClient
 from shared.errors import AmpdError, ErrorCode
 from shared.nats_server import NatsServer, NatsServerError
@@ -139,6 +140,8 @@ class LocalCluster:
         options = self._options
         environment = {
             "AMPD_NATS_URL": self.url,
+            # a worker that is killed leaves its socket's folder behind: where ours is removed at the end, so is that
+            **({"TMPDIR": str(self.data_dir)} if self._temporary else {}),
             # signs the tickets with which workers read each other's KV; new for every start of the cluster
             "AMPD_CLUSTER_SECRET": secrets.token_hex(32),
             # the logs are files, quoted to a person when their process dies
@@ -277,23 +280,25 @@ async def resolve_model_dir(model: str, report: Report) -> Path:
     Raises ClusterFailed with what that process said.
     """
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "shared.engine.model_files",
-        model,
+        *(sys.executable, "-m", "shared.engine.model_files", model),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "AMPD_PARENT_PID": str(os.getpid())},
+        preexec_fn=dying_with_this_process(),
     )
     assert process.stdout is not None
     assert process.stderr is not None
     last_lines: list[str] = []
-    async for raw in process.stderr:
-        line = raw.decode(errors="replace").rstrip()
-        last_lines = [*last_lines[-9:], line]
-        report(line)
-    output = (await process.stdout.read()).decode().strip()
-    returncode = await process.wait()
+    try:
+        async for raw in process.stderr:
+            line = raw.decode(errors="replace").rstrip()
+            last_lines = [*last_lines[-9:], line]
+            report(line)
+        output = (await process.stdout.read()).decode().strip()
+        returncode = await process.wait()
+    finally:
+        if process.returncode is None:  # we are being stopped; what it has made so far is cleared away by the next
+            process.kill()
+            await process.wait()
     if returncode == 2:  # the name or the folder is at fault, and the last line says what to change
         raise AmpdError(ErrorCode.INVALID_REQUEST, last_lines[-1])
     if returncode != 0:

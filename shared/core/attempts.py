@@ -10,7 +10,7 @@ from shared.core.records import AttemptStartedEntry
 from shared.core.routing import POLICIES, RoutingDecision, RoutingView, route_remote
 from shared.core.session import RoundInFlight, Session
 from shared.core.state import State, needed_growth
-from shared.core.token_bytes import count_tokens
+from shared.core.token_bytes import TOKEN_BYTES, count_tokens
 from shared.errors import ErrorCode
 from shared.messages import ErrorReply, PrefillTask, RemotePrefill, RunRound, RunRoundAck, Slo
 
@@ -190,7 +190,7 @@ def note_run_round_ack(state: State, session: Session, ack: RunRoundAck) -> None
     running.output.adopt(ack.output_token_ids)
     running.ended_at_worker = ack.state == "finished"
     state.reconciling.discard(session.key)
-    has_output = running.output.num_tokens > count_tokens(running.forced)
+    has_output = len(ack.output_token_ids) > len(running.forced)
     running.phase = "decoding" if has_output or running.ended_at_worker else "prefilling"
     if has_output:
         end_prefill(state, session, running)
@@ -312,11 +312,15 @@ def start_next_attempt(
 
 
 def place_next_attempt(state: State, session: Session) -> None:
-    """A waiting round's time has come: place it, with what the client has seen as forced prefix, and record that."""
+    """A waiting round's time has come: place it, with what the client has seen as forced prefix, and record that.
+
+    All but the last token seen: it may be the one that ends the round, and it is the worker that ends rounds. It is
+    drawn again, the same, and clients know tokens by their index.
+    """
     running = session.in_flight
     assert running is not None
     assert running.phase == "waiting"
-    forced = running.output.token_ids
+    forced = running.output.token_ids[:-TOKEN_BYTES]
     placement = choose_placement(
         state,
         session,

@@ -75,6 +75,8 @@ def handle_request(state: State, held: HeldRequest) -> None:
 def _hold_until(state: State, held: HeldRequest, until: float, instead: AmpdError) -> None:
     """Hold the request if there is time and room left for it; otherwise raise `instead`."""
     held.until = min(held.until, until)
+    if isinstance(held.event.request, SubmitRound):
+        held.until = min(held.until, held.received_at + held.event.request.deadline_s)
     if state.now >= held.until or not state.hold(held):
         raise instead
 
@@ -226,6 +228,8 @@ def _accepted(key: SessionKey, index: int, num_history: int, num_input: int) -> 
 def _start_round(state: State, session: Session, held: HeldRequest, request: SubmitRound, token_ids: bytes) -> None:
     """Place the round, record it; its workers are commanded and the client is answered when the record has it."""
     check_tokens(session, request, token_ids)
+    if state.now >= held.received_at + request.deadline_s:
+        raise AmpdError(ErrorCode.DEADLINE_EXCEEDED, "the round could not be started within its deadline_s")
     admit_round(state)
     if _may_appear(state, session):
         unheard = explain_no_placement(state, session.opened.model, 0)

@@ -66,6 +66,7 @@ class StreamOutput:
 
     @property
     def next_seq(self) -> int:
+        """One more than the last sequence number of this attempt; 0: nothing of it was seen."""
         self._absorb()
         return self._last_seq + 1
 

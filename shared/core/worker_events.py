@@ -21,7 +21,6 @@ from shared.core.recovery import reconcile_rounds
 from shared.core.session import RoundInFlight, Session
 from shared.core.state import PendingCommand, State
 from shared.core.stream_output import may_end_round
-from shared.core.token_bytes import count_tokens
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
 from shared.messages import (
@@ -323,9 +322,9 @@ def on_stream(state: State, event: StreamSeen) -> None:
     if session is None or running is None or running.index != event.round or not event.payloads:
         return
     running.output.add(event.payloads)
-    if running.first_token_at is None and running.output.num_tokens > 0:
+    if running.first_token_at is None and running.output.next_seq > 0:
         running.first_token_at = state.now
-    if running.phase in ("starting", "prefilling") and running.output.num_tokens > count_tokens(running.forced):
+    if running.phase in ("starting", "prefilling") and running.output.next_seq > 0:
         running.phase = "decoding"
         end_prefill(state, session, running)
     if may_end_round(event.payloads[-1]) and running.output.is_complete:

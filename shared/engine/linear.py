@@ -24,7 +24,7 @@ class PackedLinear:
     """out = x W^T + bias, the outputs of each part starting at a multiple of 16 columns."""
 
     def __init__(self, kernels: ctypes.CDLL, parts: Sequence[torch.nn.Linear], threads: int) -> None:
-        """Pack and *empty* `parts`: their weights would double the model's memory."""
+        """Takes the weights out of `parts`, which would otherwise keep the model in memory twice."""
         self._kernels = kernels
         self._threads = threads
         self.inputs = parts[0].in_features
@@ -43,6 +43,7 @@ class PackedLinear:
             )
             if part.bias is not None and self._bias is not None:
                 self._bias[start : start + part.out_features] = part.bias.detach().float()
+            part.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
             start += round_up(part.out_features)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> torch.Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -82,15 +83,7 @@ class ModelRunner:
         config = read_model_config(model_dir)
         dtype = choose_dtype(device) if dtype == "auto" else dtype
         torch.set_num_threads(threads)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=TORCH_DTYPES[dtype],
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-        model = model.to(device).eval().requires_grad_(False)
+        model = load_model(model_dir, config, dtype, device)
         layout = KvLayout(
             model=fingerprint_model(model_dir),
             num_layers=config.num_hidden_layers,
@@ -138,6 +131,29 @@ def read_model_config(model_dir: Path) -> Any:
             "config.json if the context you serve stays within the window"
         )
     return config
+
+
+def load_model(model_dir: Path, config: Any, dtype: str, device: str) -> Any:
+    """The folder's transformers model with paged attention. Raises AmpdError if weights are missing or broken."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _refusal(f"the model in {model_dir} cannot be loaded: {error}") from error
+    if loading["missing_keys"]:
+        # transformers would go on with random values in their place
+        missing = sorted(loading["missing_keys"])
+        raise _refusal(
+            f"the *.safetensors of {model_dir} lack {len(missing)} tensors ({missing[0]}, ...): fetch it again"
+        )
+    return model.to(device).eval().requires_grad_(False)
 
 
 def choose_dtype(device: str) -> str:

@@ -59,9 +59,10 @@ class NativeUnavailable(Exception):
 @cache
 def load_kernels() -> ctypes.CDLL:
     """The library, compiled first if need be. Raises NativeUnavailable."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    wanted = os.environ.get("CXX", "g++")
+    compiler = shutil.which(wanted)
     if compiler is None:
-        raise NativeUnavailable("no g++ found: install it (or set CXX) for faster attention and linear layers")
+        raise NativeUnavailable(f"no {wanted} found: install it (or set CXX) for faster attention and linear layers")
     try:
         folder = make_once(
             default_cache_dir(), f"native-{_build_key(compiler)}", lambda into: _compile(compiler, into), log.info

@@ -1,9 +1,9 @@
 // Causal attention of new queries over the paged KV pool, for prefill and decode alike.
 //
-// A panel is up to 16 queries that share a KV head: the query heads of its group at one or more positions. It walks
-// over its keys in tiles of 64 positions with an online softmax (Dao et al. 2022), reading keys and values where they
-// lie in the pool. Queries stand in the lanes of the vectors, so a query's result is the same chain of operations
-// whatever it shares the panel, the batch or the chunk with.
+// A panel is up to 16 rows (queries that share a KV head: the query heads of its group, at one or more positions). It
+// walks over its keys in tiles of 64 positions with an online softmax (Dao et al. 2022), reading keys and values where
+// they lie in the pool. Tiles start at fixed positions, and a row never mixes with another, so its result is the same
+// chain of operations whatever panel, batch or chunk it is in.
 
 #include <algorithm>
 #include <limits>
@@ -16,7 +16,9 @@
 namespace {
 
 constexpr int TILE = 64;  // positions; 64 x 64 floats of keys are 16 KB
-constexpr int TILE_PADDED = TILE + MAX_ACCUMULATORS;
+constexpr int KEYS = 4;  // keys whose scores are summed up together
+constexpr int SCORE_ROWS = MAX_ACCUMULATORS / KEYS;
+constexpr int VALUE_ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 struct Attention {
@@ -38,83 +40,115 @@ struct Attention {
   float scaling;
 };
 
-// Rows of one sequence (row = query index * group + query head within the group) for some of its KV heads.
+// Rows of one sequence and KV head: row = query index * group + query head within the group.
 struct Panel {
-  int64_t sequence, first_row, rows, first_head, heads;
-};
-
-// What the rows of one head carry from tile to tile.
-struct Head {
-  float* queries;  // [head_dim][lanes], scaled
-  float* output;   // [rows][head_dim]
-  alignas(64) float maxima[PANEL];
-  alignas(64) float totals[PANEL];
+  int64_t sequence, head, first_row, rows;
 };
 
 struct Scratch {
   std::unique_ptr<float[]> memory;
-  std::vector<Head> heads;
-  float *keys, *values;
-  Scratch(int64_t kv_heads, int64_t head_dim)
-      : memory(new float[(kv_heads * 2 * PANEL + 2 * TILE) * head_dim]), heads(kv_heads) {
-    float* next = memory.get();
-    for (Head& head : heads) {
-      head.queries = next;
-      head.output = next + PANEL * head_dim;
-      next += 2 * PANEL * head_dim;
-    }
-    keys = next;
-    values = next + TILE * head_dim;
-  }
+  float* queries;  // [rows][head_dim], scaled
+  float* output;   // [rows][head_dim]
+  float* keys;     // a tile's, widened
+  float* values;
+  explicit Scratch(int64_t head_dim)
+      : memory(new float[(2 * PANEL + 2 * TILE) * head_dim]),
+        queries(memory.get()),
+        output(queries + PANEL * head_dim),
+        keys(output + PANEL * head_dim),
+        values(keys + TILE * head_dim) {}
 };
 
-// scores[key][query] for `count` keys; the tail is computed for repeated keys and ignored. On the way it asks for the
-// keys and values of the next tile, a few cache lines at a time: they are short runs in scattered blocks, which the
-// processor does not foresee, and asking for all at once would stall like reading them.
-template <int VECTORS, typename Kv>
-void score_tile(const float* queries, const float* const* keys, int count, int64_t head_dim, const Kv* const* ahead,
-                int64_t head_offset, int64_t value_offset, float* scores) {
-  // With one vector a query takes four dimensions at a time: eight pointers do not fit the registers beside the sums,
-  // so each is fetched once per four multiply-adds.
-  constexpr int KEYS = VECTORS == 1 ? 8 : MAX_ACCUMULATORS / VECTORS;
-  constexpr int DIMS = VECTORS == 1 ? 4 : 2;
-  constexpr int WIDTH = VECTORS * LANES;
+// What the rows of a panel carry from tile to tile.
+struct Rows {
+  int32_t limits[PANEL];  // the last position each row may look at
+  float maxima[PANEL];
+  float totals[PANEL];
+};
+
+// While a tile is worked on, score_rows and add_values ask for the keys and values of the next one (`ahead`), a few
+// cache lines at a time: they are short runs in scattered blocks, which the processor does not foresee, and of many
+// requests at once it drops most.
+
+// scores[row][key] for ROWS rows; `count` is rounded up to whole groups of keys by repeating the last one.
+template <int ROWS, typename Key, typename Kv>
+void score_rows(const float* queries, const Key* const* keys, int count, int64_t head_dim, const Kv* const* ahead,
+                float* scores) {
   constexpr int64_t CACHE_LINE = 64 / sizeof(Kv);
   for (int key = 0; key < count; key += KEYS) {
-    Vec sums[KEYS][VECTORS] = {};
-    const float* rows[KEYS];
-    for (int i = 0; i < KEYS; ++i) rows[i] = keys[std::min(key + i, count - 1)];
-    for (int64_t d = 0; d < head_dim; d += DIMS) {
-      if (d % CACHE_LINE == 0)
-        for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[key + i] + head_offset + d);
-      if (d % CACHE_LINE == CACHE_LINE / 2)
-        for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[key + i] + head_offset + value_offset + d);
-      Vec query[DIMS][VECTORS];
-      for (int e = 0; e < DIMS; ++e)
-        for (int j = 0; j < VECTORS; ++j) query[e][j] = load(queries + (d + e) * WIDTH + j * LANES);
-      for (int i = 0; i < KEYS; ++i)
-        for (int e = 0; e < DIMS; ++e) {
-          const Vec value = broadcast(rows[i][d + e]);
-          for (int j = 0; j < VECTORS; ++j) sums[i][j] += value * query[e][j];
-        }
+    Vec sums[ROWS][KEYS] = {};
+    const Key* key_rows[KEYS];
+    for (int i = 0; i < KEYS; ++i) key_rows[i] = keys[std::min(key + i, count - 1)];
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+      if (ahead && d % CACHE_LINE == 0)
+        for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[key + i] + d);
+      Vec query[ROWS];
+      for (int i = 0; i < ROWS; ++i) query[i] = load(queries + i * head_dim + d);
+      for (int j = 0; j < KEYS; ++j) {
+        const Vec value = load(key_rows[j] + d);
+        for (int i = 0; i < ROWS; ++i) sums[i][j] += query[i] * value;
+      }
     }
-    for (int i = 0; i < KEYS; ++i)
-      for (int j = 0; j < VECTORS; ++j) store(scores + (key + i) * WIDTH + j * LANES, sums[i][j]);
+    for (int i = 0; i < ROWS; ++i) {
+      const Four four = sum_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+      std::memcpy(scores + i * TILE + key, &four, sizeof four);
+    }
   }
 }
 
-// output[query][dim] = output * decay[query] + sum over keys of weights[key][query] * values[key][dim]
-template <int ROWS, int VECTORS>
-void add_values(const float* weights, int width, const float* const* values, int count, const float* decay,
-                float* output, int64_t head_dim, int64_t dim) {
+template <int ROWS, typename Key, typename Kv>
+void score_some_rows(int64_t rows, const float* queries, const Key* const* keys, int count, int64_t head_dim,
+                     const Kv* const* ahead, float* scores) {
+  if (rows == ROWS)
+    score_rows<ROWS>(queries, keys, count, head_dim, ahead, scores);
+  else if constexpr (ROWS > 1)
+    score_some_rows<ROWS - 1>(rows, queries, keys, count, head_dim, ahead, scores);
+}
+
+// Turn one row's scores into weights in place, and carry its running maximum and sum. Keys past `limit` get weight 0.
+float soften_row(float* scores, int64_t tile_start, int count, int32_t limit, float* maximum_so_far, float* total) {
+  const bool masked = tile_start + (count + LANES - 1) / LANES * LANES - 1 > limit;
+  VecInt positions;
+  for (int i = 0; i < LANES; ++i) positions[i] = static_cast<int32_t>(tile_start) + i;
+  Vec peaks = broadcast(MINUS_INFINITY);
+  for (int key = 0; key < count; key += LANES) {
+    Vec score = load(scores + key);
+    if (masked) {
+      score = positions + key <= limit ? score : broadcast(MINUS_INFINITY);
+      store(scores + key, score);
+    }
+    peaks = maximum(score, peaks);
+  }
+  const float peak = std::max(largest_lane(peaks), *maximum_so_far);
+  Vec sums = {};
+  for (int key = 0; key < count; key += LANES) {
+    const Vec score = load(scores + key);
+    Vec weight = exp_nonpositive(score - peak);
+    if (masked) weight = score == MINUS_INFINITY ? Vec{} : weight;
+    store(scores + key, weight);
+    sums += weight;
+  }
+  const float decay = *maximum_so_far == MINUS_INFINITY ? 0.0f : exp_nonpositive(broadcast(*maximum_so_far - peak))[0];
+  *total = *total * decay + sum_lanes(sums);
+  *maximum_so_far = peak;
+  return decay;
+}
+
+// output[row][dim] = output * decay[row] + sum over keys of weights[row][key] * values[key][dim]
+template <int ROWS, int VECTORS, typename Value, typename Kv>
+void add_columns(const float* weights, const Value* const* values, int count, const Kv* const* ahead,
+                 const float* decay, float* output, int64_t head_dim, int64_t dim) {
   Vec sums[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) sums[i][j] = load(output + i * head_dim + dim + j * LANES) * decay[i];
   for (int key = 0; key < count; ++key) {
+    if (ahead)
+      for (int j = 0; j < VECTORS * LANES * static_cast<int>(sizeof(Kv)); j += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[key] + dim) + j);
     Vec value[VECTORS];
     for (int j = 0; j < VECTORS; ++j) value[j] = load(values[key] + dim + j * LANES);
     for (int i = 0; i < ROWS; ++i) {
-      Vec weight = broadcast(weights[key * width + i]);
+      const Vec weight = broadcast(weights[i * TILE + key]);
       for (int j = 0; j < VECTORS; ++j) sums[i][j] += weight * value[j];
     }
   }
@@ -122,62 +156,28 @@ void add_values(const float* weights, int width, const float* const* values, int
     for (int j = 0; j < VECTORS; ++j) store(output + i * head_dim + dim + j * LANES, sums[i][j]);
 }
 
-template <int ROWS>
-void add_values_to(int64_t rows, const float* weights, int width, const float* const* values, int count,
-                   const float* decay, float* output, int64_t head_dim) {
+template <int ROWS, typename Value, typename Kv>
+void add_values(int64_t rows, const float* weights, const Value* const* values, int count, const Kv* const* ahead,
+                const float* decay, float* output, int64_t head_dim) {
   if (rows == ROWS) {
     constexpr int WIDE = 2 * ROWS * PANEL_VECTORS <= MAX_ACCUMULATORS ? 2 * PANEL_VECTORS : PANEL_VECTORS;
     int64_t dim = 0;
     for (; dim + WIDE * LANES <= head_dim; dim += WIDE * LANES)
-      add_values<ROWS, WIDE>(weights, width, values, count, decay, output, head_dim, dim);
+      add_columns<ROWS, WIDE>(weights, values, count, ahead, decay, output, head_dim, dim);
     for (; dim < head_dim; dim += PANEL)
-      add_values<ROWS, PANEL_VECTORS>(weights, width, values, count, decay, output, head_dim, dim);
+      add_columns<ROWS, PANEL_VECTORS>(weights, values, count, ahead, decay, output, head_dim, dim);
   } else if constexpr (ROWS > 1) {
-    add_values_to<ROWS - 1>(rows, weights, width, values, count, decay, output, head_dim);
+    add_values<ROWS - 1>(rows, weights, values, count, ahead, decay, output, head_dim);
   }
 }
 
-// Turn scores into weights in place, and carry the running maximum and sum of every query.
-template <int VECTORS>
-void soften_tile(float* scores, int64_t tile_start, int count, const int32_t* limits, bool masked, float* maxima,
-                 float* totals, float* decay) {
-  constexpr int WIDTH = VECTORS * LANES;
-  for (int j = 0; j < WIDTH; j += LANES) {
-    VecInt limit;
-    std::memcpy(&limit, limits + j, sizeof limit);
-    Vec before = load(maxima + j), peak = before;
-    for (int key = 0; key < count; ++key) {
-      Vec score = load(scores + key * WIDTH + j);
-      if (masked) {
-        const VecInt position = static_cast<int32_t>(tile_start + key) - VecInt{};
-        score = position <= limit ? score : broadcast(MINUS_INFINITY);
-        store(scores + key * WIDTH + j, score);
-      }
-      peak = maximum(score, peak);
-    }
-    Vec total = {};
-    for (int key = 0; key < count; ++key) {
-      Vec score = load(scores + key * WIDTH + j);
-      Vec weight = exp_nonpositive(score - peak);
-      weight = score == MINUS_INFINITY ? Vec{} : weight;
-      store(scores + key * WIDTH + j, weight);
-      total += weight;
-    }
-    Vec shrink = exp_nonpositive(before - peak);
-    shrink = before == MINUS_INFINITY ? Vec{} : shrink;
-    store(decay + j, shrink);
-    store(totals + j, load(totals + j) * shrink + total);
-    store(maxima + j, peak);
-  }
-}
-
-// Where the keys of the panel's first head at positions from `start` on are; past the last one it is repeated.
+// Where the panel's keys at positions from `start` on are; past the last one it is repeated.
 template <typename Kv>
 void find_keys(const Attention& a, const Kv* pool, const Panel& panel, int64_t start, int64_t count, const Kv** keys) {
   const int64_t* block = a.tables + panel.sequence * a.table_stride + start / a.block_size;
   int64_t slot = start % a.block_size;
-  for (int64_t i = 0; i < TILE_PADDED; ++i) {
-    keys[i] = pool + *block * a.block_stride + (slot * a.kv_heads + panel.first_head) * a.head_dim;
+  for (int64_t i = 0; i < TILE; ++i) {
+    keys[i] = pool + *block * a.block_stride + (slot * a.kv_heads + panel.head) * a.head_dim;
     if (i + 1 < count && ++slot == a.block_size) {
       slot = 0;
       ++block;
@@ -185,117 +185,105 @@ void find_keys(const Attention& a, const Kv* pool, const Panel& panel, int64_t s
   }
 }
 
-// float32 keys and values are read where they are; bfloat16 ones are widened into the scratch first.
-template <typename Kv>
-void widen_tile(const Attention& a, const Kv* const* found, int count, int64_t offset, Scratch& scratch,
-                const float** keys, const float** values) {
+// One tile for all rows of the panel. `ahead` (null at the last tile) is where the next tile's keys are.
+template <typename Key, typename Kv>
+void attend_tile(const Attention& a, int64_t rows, int64_t start, int count, const Key* const* keys,
+                 const Key* const* values, const Kv* const* ahead, Scratch& scratch, Rows& state) {
+  alignas(64) float scores[PANEL * TILE];
+  float decay[PANEL];
+  const Kv* ahead_values[TILE];
+  for (int i = 0; ahead && i < TILE; ++i) ahead_values[i] = ahead[i] + a.value_offset;
+  for (int64_t row = 0; row < rows; row += SCORE_ROWS)
+    score_some_rows<SCORE_ROWS>(std::min<int64_t>(SCORE_ROWS, rows - row), scratch.queries + row * a.head_dim, keys,
+                                count, a.head_dim, row == 0 ? ahead : nullptr, scores + row * TILE);
+  for (int64_t row = 0; row < rows; ++row)
+    decay[row] = soften_row(scores + row * TILE, start, count, state.limits[row], &state.maxima[row],
+                            &state.totals[row]);
+  for (int64_t row = 0; row < rows; row += VALUE_ROWS)
+    add_values<VALUE_ROWS>(std::min<int64_t>(VALUE_ROWS, rows - row), scores + row * TILE, values, count,
+                           row == 0 && ahead ? ahead_values : nullptr, decay + row,
+                           scratch.output + row * a.head_dim, a.head_dim);
+}
+
+// bfloat16 keys and values, when several groups of rows will read them.
+void widen_tile(const Attention& a, const Bf16* const* found, int count, Scratch& scratch, const float** keys,
+                const float** values) {
   for (int i = 0; i < count; ++i) {
-    const Kv* key = found[i] + offset;
-    if constexpr (std::is_same_v<Kv, float>) {
-      keys[i] = key;
-      values[i] = key + a.value_offset;
-    } else {
-      float* wide_key = scratch.keys + i * a.head_dim;
-      float* wide_value = scratch.values + i * a.head_dim;
-      for (int64_t d = 0; d < a.head_dim; d += LANES) {
-        store(wide_key + d, load(key + d));
-        store(wide_value + d, load(key + a.value_offset + d));
-      }
-      keys[i] = wide_key;
-      values[i] = wide_value;
+    keys[i] = scratch.keys + i * a.head_dim;
+    values[i] = scratch.values + i * a.head_dim;
+    for (int64_t d = 0; d < a.head_dim; d += LANES) {
+      store(scratch.keys + i * a.head_dim + d, load(found[i] + d));
+      store(scratch.values + i * a.head_dim + d, load(found[i] + a.value_offset + d));
     }
   }
 }
 
-// Where the row's query (or output) of KV head `head` stands: the offset in its matrix.
-int64_t find_row(const Attention& a, const Panel& panel, int64_t row, int64_t head, int64_t stride) {
-  return (a.query_starts[panel.sequence] + row / a.group) * stride + (head * a.group + row % a.group) * a.head_dim;
+// Where the row's query (or output) stands: the offset in its matrix.
+int64_t find_row(const Attention& a, const Panel& panel, int64_t row, int64_t stride) {
+  return (a.query_starts[panel.sequence] + row / a.group) * stride +
+         (panel.head * a.group + row % a.group) * a.head_dim;
 }
 
-template <int WIDTH>
-void begin_head(const Attention& a, const Panel& panel, int64_t index, Head& head) {
-  for (int64_t i = 0; i < WIDTH; ++i) {
-    const int64_t row = panel.first_row + std::min<int64_t>(i, panel.rows - 1);  // spare lanes repeat the last row
-    const float* query = a.queries + find_row(a, panel, row, panel.first_head + index, a.query_stride);
-    for (int64_t d = 0; d < a.head_dim; ++d) head.queries[d * WIDTH + i] = query[d] * a.scaling;
-    head.maxima[i] = MINUS_INFINITY;
-    head.totals[i] = 0.0f;
-  }
-  std::fill(head.output, head.output + panel.rows * a.head_dim, 0.0f);
-}
-
-void finish_head(const Attention& a, const Panel& panel, int64_t index, const Head& head) {
-  for (int64_t i = 0; i < panel.rows; ++i) {
-    float* out = a.out + find_row(a, panel, panel.first_row + i, panel.first_head + index, a.out_stride);
-    const float inverse = 1.0f / head.totals[i];
-    for (int64_t d = 0; d < a.head_dim; ++d) out[d] = head.output[i * a.head_dim + d] * inverse;
-  }
-}
-
-template <int VECTORS, typename Kv>
+template <typename Kv>
 void attend_panel(const Attention& a, const Kv* pool, const Panel& panel, Scratch& scratch) {
-  constexpr int WIDTH = VECTORS * LANES;
-  constexpr int ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;
-  alignas(64) float scores[TILE_PADDED * WIDTH];
-  alignas(64) float decay[WIDTH];
-  alignas(64) int32_t limits[WIDTH];  // the last position each row may look at
-  const float *keys[TILE], *values[TILE];
-  const Kv *found[TILE_PADDED], *ahead[TILE_PADDED];
+  Rows state;
   const int64_t num_new = a.query_starts[panel.sequence + 1] - a.query_starts[panel.sequence];
-  for (int64_t i = 0; i < WIDTH; ++i) {
-    const int64_t row = panel.first_row + std::min<int64_t>(i, panel.rows - 1);
-    limits[i] = static_cast<int32_t>(a.contexts[panel.sequence] - num_new + row / a.group);
+  for (int64_t i = 0; i < panel.rows; ++i) {
+    const float* query = a.queries + find_row(a, panel, panel.first_row + i, a.query_stride);
+    for (int64_t d = 0; d < a.head_dim; ++d) scratch.queries[i * a.head_dim + d] = query[d] * a.scaling;
+    state.limits[i] = static_cast<int32_t>(a.contexts[panel.sequence] - num_new + (panel.first_row + i) / a.group);
+    state.maxima[i] = MINUS_INFINITY;
+    state.totals[i] = 0.0f;
   }
-  for (int64_t h = 0; h < panel.heads; ++h) begin_head<WIDTH>(a, panel, h, scratch.heads[h]);
+  std::fill(scratch.output, scratch.output + panel.rows * a.head_dim, 0.0f);
 
-  const int64_t stop = limits[panel.rows - 1] + 1;  // keys from here on are nobody's: they may not even be written
+  const int64_t stop = state.limits[panel.rows - 1] + 1;  // keys from here on may not even be written
+  const Kv *found[TILE], *values[TILE], *ahead[TILE];
   find_keys(a, pool, panel, 0, std::min<int64_t>(TILE, stop), ahead);
   for (int64_t start = 0; start < stop; start += TILE) {
     const int count = static_cast<int>(std::min<int64_t>(TILE, stop - start));
-    const bool masked = start + count - 1 > limits[0];
-    std::copy(ahead, ahead + TILE_PADDED, found);
-    if (start + TILE < stop) find_keys(a, pool, panel, start + TILE, std::min<int64_t>(TILE, stop - start - TILE), ahead);
-    for (int64_t h = 0; h < panel.heads; ++h) {
-      Head& head = scratch.heads[h];
-      widen_tile(a, found, count, h * a.head_dim, scratch, keys, values);
-      score_tile<VECTORS>(head.queries, keys, count, a.head_dim, ahead, h * a.head_dim, a.value_offset, scores);
-      soften_tile<VECTORS>(scores, start, count, limits, masked, head.maxima, head.totals, decay);
-      for (int64_t row = 0; row < panel.rows; row += ROWS)
-        add_values_to<ROWS>(std::min<int64_t>(ROWS, panel.rows - row), scores + row, WIDTH, values, count, decay + row,
-                            head.output + row * a.head_dim, a.head_dim);
+    const bool last = start + TILE >= stop;
+    std::copy(ahead, ahead + TILE, found);
+    if (!last) find_keys(a, pool, panel, start + TILE, std::min<int64_t>(TILE, stop - start - TILE), ahead);
+    const Kv* const* next = last ? nullptr : ahead;
+    if constexpr (std::is_same_v<Kv, Bf16>) {
+      if (panel.rows > SCORE_ROWS) {
+        const float *wide_keys[TILE], *wide_values[TILE];
+        widen_tile(a, found, count, scratch, wide_keys, wide_values);
+        attend_tile(a, panel.rows, start, count, wide_keys, wide_values, next, scratch, state);
+        continue;
+      }
     }
+    for (int i = 0; i < count; ++i) values[i] = found[i] + a.value_offset;
+    attend_tile(a, panel.rows, start, count, found, values, next, scratch, state);
   }
-  for (int64_t h = 0; h < panel.heads; ++h) finish_head(a, panel, h, scratch.heads[h]);
+  for (int64_t i = 0; i < panel.rows; ++i) {
+    float* out = a.out + find_row(a, panel, panel.first_row + i, a.out_stride);
+    const float inverse = 1.0f / state.totals[i];
+    for (int64_t d = 0; d < a.head_dim; ++d) out[d] = scratch.output[i * a.head_dim + d] * inverse;
+  }
 }
 
-// A decoding sequence's heads stay together, so that its blocks are read from memory in one go; unless that leaves
-// threads without work. In a prefill the keys come from a cache, and one head's fit a nearer one.
-std::vector<Panel> cut_into_panels(const Attention& a, int threads) {
+std::vector<Panel> cut_into_panels(const Attention& a) {
   std::vector<Panel> panels;
   for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
     const int64_t rows = (a.query_starts[sequence + 1] - a.query_starts[sequence]) * a.group;
-    const int64_t heads = rows <= PANEL && a.sequences >= 2 * threads ? a.kv_heads : 1;
     // The last rows have the most keys: they go first, so that no thread is left with a long one at the end.
     for (int64_t row = (rows - 1) / PANEL * PANEL; row >= 0; row -= PANEL)
-      for (int64_t head = 0; head < a.kv_heads; head += heads)
-        panels.push_back({sequence, row, std::min<int64_t>(PANEL, rows - row), head, heads});
+      for (int64_t head = 0; head < a.kv_heads; ++head)
+        panels.push_back({sequence, head, row, std::min<int64_t>(PANEL, rows - row)});
   }
   return panels;
 }
 
 template <typename Kv>
 void attend(const Attention& a, const Kv* pool, int threads) {
-  const std::vector<Panel> panels = cut_into_panels(a, threads);
+  const std::vector<Panel> panels = cut_into_panels(a);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch scratch(a.kv_heads, a.head_dim);
+    Scratch scratch(a.head_dim);
 #pragma omp for schedule(dynamic)
-    for (size_t index = 0; index < panels.size(); ++index) {
-      if (panels[index].rows <= LANES)
-        attend_panel<1>(a, pool, panels[index], scratch);
-      else
-        attend_panel<PANEL_VECTORS>(a, pool, panels[index], scratch);
-    }
+    for (size_t index = 0; index < panels.size(); ++index) attend_panel(a, pool, panels[index], scratch);
   }
 }
 

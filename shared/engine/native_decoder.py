@@ -51,14 +51,17 @@ class Layer:
 
 
 class Workspace:
-    """Activations of one step, float32, kept from step to step; as large as the largest step so far."""
+    """float32 buffers, kept from step to step; as many rows as the largest step so far had.
 
-    def __init__(self, hidden: int, qkv: int, attended: int, gate_up: int) -> None:
-        self._widths = (round_up(hidden), round_up(hidden), qkv, attended, gate_up)
+    What is in them is valid until the next step: fresh memory for every step would cost page faults.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        self._widths = widths
         self._buffers: list[torch.Tensor] = []
 
     def rows(self, num_tokens: int) -> list[torch.Tensor]:
-        """residual, normed, qkv, attended, gate_up: [num_tokens, width] each."""
+        """One [num_tokens, width] tensor for each width."""
         if not self._buffers or self._buffers[0].shape[0] < num_tokens:
             self._buffers = [torch.zeros(num_tokens, width) for width in self._widths]
         return [buffer[:num_tokens] for buffer in self._buffers]
@@ -86,18 +89,17 @@ class NativeDecoder:
         self._embeddings = model.model.embed_tokens.weight.detach()
         self._layers = [self._take_layer(module) for module in model.model.layers]
         layer = self._layers[0]
-        self._workspace = Workspace(
-            self._hidden_size, layer.qkv.outputs, layer.attention_out.inputs, layer.gate_up.outputs
+        hidden = round_up(self._hidden_size)
+        self._activations = Workspace(
+            hidden, hidden, layer.qkv.outputs, layer.attention_out.inputs, layer.gate_up.outputs
         )
+        self._outputs = Workspace(hidden, self._lm_head.outputs)
 
     def _take_layer(self, module: Any) -> Layer:
         attention, mlp = module.self_attn, module.mlp
 
         def pack(*parts: torch.nn.Linear) -> PackedLinear:
-            packed = PackedLinear(self._kernels, parts, self._threads)
-            for part in parts:
-                part.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            return packed
+            return PackedLinear(self._kernels, parts, self._threads)
 
         return Layer(
             input_norm=_float_weight(module.input_layernorm),
@@ -112,7 +114,7 @@ class NativeDecoder:
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Logits [sampled items, vocabulary] in float32; the step's KV is in the pool afterwards."""
-        residual, normed, qkv, attended, gate_up = self._workspace.rows(batch.num_tokens)
+        residual, normed, qkv, attended, gate_up = self._activations.rows(batch.num_tokens)
         residual[:, : self._hidden_size] = self._embeddings[batch.token_ids]
         cosines, sines = self._rotary(residual, batch.positions[None])
         query_width = self._num_heads * self._pool.layout.head_dim
@@ -134,11 +136,10 @@ class NativeDecoder:
         return self._logits(residual[batch.sampled_rows])
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        if rows.shape[0] == 0:
-            return torch.empty(0, self._vocab_size)
-        normed = torch.empty_like(rows)
-        self._normalize(rows, self._final_norm, normed)
-        logits = self._lm_head.apply(normed, torch.empty(rows.shape[0], self._lm_head.outputs))
+        normed, logits = self._outputs.rows(rows.shape[0])
+        if rows.shape[0] > 0:
+            self._normalize(rows, self._final_norm, normed)
+            self._lm_head.apply(normed, logits)
         return logits[:, : self._vocab_size]
 
     def _normalize(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -91,6 +91,4 @@ void ampd_silu_and_multiply(float* gate_up, int64_t stride, int64_t rows, int64_
     }
   }
 }
-
-int ampd_lanes() { return LANES; }
 }

@@ -15,6 +15,7 @@ namespace {
 constexpr int MAX_ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;  // rows of x in one register tile
 constexpr int64_t INPUT_BLOCK = 256;                        // 256 x 16 weights: 16 KB, half of an L1 cache
 constexpr int64_t ROW_BLOCK = 96;                           // 96 x 256 inputs: 96 KB, within an L2 cache
+constexpr int64_t WIDEN_TILES = 3;                          // from here on, bfloat16 is widened once for all tiles
 constexpr int64_t WIDE_PANELS = 4;                          // panels side by side when there are few rows
 
 struct Product {
@@ -66,18 +67,18 @@ void multiply_rows(int64_t rows, const Product& product, const Weight* weights, 
     multiply_rows<ROWS - 1>(rows, product, weights, row, output, first, last);
 }
 
-// Many rows: panel by panel; a panel's block of weights stays in the L1 cache while the rows go past it.
+// One panel for some rows: a block of its weights stays in the L1 cache while the rows go past it.
 template <typename Weight>
 void multiply_panel(const Product& product, const Weight* weights, int64_t panel, int64_t row_start, int64_t row_stop) {
+  // Tiles of nearly equal height: 8 rows are 4 + 4, not 6 and then 2 that cannot keep the units busy.
+  const int64_t tiles = (row_stop - row_start + MAX_ROWS - 1) / MAX_ROWS;
+  const bool widen_first = !std::is_same_v<Weight, float> && tiles > WIDEN_TILES;
   for (int64_t first = 0; first < product.inputs; first += INPUT_BLOCK) {
     const int64_t last = std::min(first + INPUT_BLOCK, product.inputs);
     const Weight* block = weights + (panel * product.inputs + first) * PANEL;
     alignas(64) float widened[INPUT_BLOCK * PANEL];
-    const bool widen_first = !std::is_same_v<Weight, float> && row_stop - row_start > MAX_ROWS;
     if (widen_first)
       for (int64_t i = 0; i < (last - first) * PANEL; i += LANES) store(widened + i, load(block + i));
-    // Tiles of nearly equal height: 8 rows are 4 + 4, not 6 and then 2 that cannot keep the units busy.
-    const int64_t tiles = (row_stop - row_start + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = row_start + (row_stop - row_start) * tile / tiles;
       const int64_t rows = row_start + (row_stop - row_start) * (tile + 1) / tiles - row;
@@ -91,10 +92,9 @@ void multiply_panel(const Product& product, const Weight* weights, int64_t panel
 
 // One or two rows: several panels side by side, each read once from memory; more streams hide more latency.
 template <int ROWS, typename Weight>
-void multiply_few(const Product& product, const Weight* weights, int64_t panel, int64_t panels) {
+void multiply_few(const Product& product, const Weight* weights, int64_t panel, int64_t stop) {
   constexpr int WIDE = ROWS == 1 ? WIDE_PANELS : 2;
   const int64_t panel_stride = product.inputs * PANEL;
-  const int64_t stop = panel + panels;
   for (; panel + WIDE <= stop; panel += WIDE)
     multiply_tile<ROWS, WIDE>(product, weights + panel * panel_stride, panel_stride, 0, panel * PANEL, 0,
                               product.inputs);
@@ -103,21 +103,21 @@ void multiply_few(const Product& product, const Weight* weights, int64_t panel, 
 }
 
 template <typename Weight>
+void multiply_group(const Product& product, const Weight* weights, int64_t rows, int64_t panel, int64_t stop) {
+  if (rows == 1) return multiply_few<1>(product, weights, panel, stop);
+  if (rows == 2) return multiply_few<2>(product, weights, panel, stop);
+  for (int64_t row = 0; row < rows; row += ROW_BLOCK)
+    for (int64_t next = panel; next < stop; ++next)
+      multiply_panel(product, weights, next, row, std::min(row + ROW_BLOCK, rows));
+}
+
+template <typename Weight>
 void multiply(const Product& product, const Weight* weights, int64_t rows, int threads) {
   const int64_t panels = product.outputs / PANEL;
   const int64_t group = std::clamp<int64_t>(panels / (threads * 4), WIDE_PANELS, 32);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t start = 0; start < panels; start += group) {
-    const int64_t count = std::min(group, panels - start);
-    if (rows == 1)
-      multiply_few<1>(product, weights, start, count);
-    else if (rows == 2)
-      multiply_few<2>(product, weights, start, count);
-    else
-      for (int64_t row = 0; row < rows; row += ROW_BLOCK)
-        for (int64_t panel = start; panel < start + count; ++panel)
-          multiply_panel(product, weights, panel, row, std::min(row + ROW_BLOCK, rows));
-  }
+  for (int64_t start = 0; start < panels; start += group)
+    multiply_group(product, weights, rows, start, std::min(start + group, panels));
 }
 
 template <typename Weight>

@@ -20,6 +20,7 @@ constexpr int PANEL = 16;  // outputs, query rows or head dimensions that are wo
 constexpr int PANEL_VECTORS = PANEL / LANES;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef float Four __attribute__((vector_size(16)));
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
@@ -70,6 +71,40 @@ static inline float sum_lanes(Vec value) {
   store(lanes, value);
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// {sum of a, sum of b, sum of c, sum of d}: the lanes are added in one fixed order here too.
+static inline Four sum_four(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  const VecInt low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  const VecInt high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  const VecInt first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  const VecInt second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+#elif defined(__AVX2__)
+  const VecInt low = {0, 8, 1, 9, 4, 12, 5, 13};
+  const VecInt high = {2, 10, 3, 11, 6, 14, 7, 15};
+  const VecInt first = {0, 1, 8, 9, 4, 5, 12, 13};
+  const VecInt second = {2, 3, 10, 11, 6, 7, 14, 15};
+#else
+  const VecInt low = {0, 4, 1, 5};
+  const VecInt high = {2, 6, 3, 7};
+  const VecInt first = {0, 1, 4, 5};
+  const VecInt second = {2, 3, 6, 7};
+#endif
+  const Vec ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const Vec cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  const Vec sums = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, second);
+  Four parts[LANES / 4];
+  std::memcpy(parts, &sums, sizeof parts);
+  for (int i = 1; i < LANES / 4; ++i) parts[0] += parts[i];
+  return parts[0];
+}
+
+static inline float largest_lane(Vec value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int i = 1; i < LANES; ++i) lanes[0] = lanes[0] > lanes[i] ? lanes[0] : lanes[i];
   return lanes[0];
 }
 

@@ -118,9 +118,7 @@ def receive_kv(channel: Channel, memory: KvMemory, request: PullRequest, started
                 _require_length(frame, frame.segment.num_bytes(layout))
                 views = memory.segment_views(request.block_table, frame.segment)
                 digest.update(header)
-                channel.receive_into(views)
-                for view in views:
-                    digest.update(view)
+                channel.receive_into(views, digest)
                 num_bytes += frame.length
                 num_segments += 1
                 if request.on_segment is not None:

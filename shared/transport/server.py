@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import xxhash
-
 from shared.core.types import Segment
 from shared.errors import AmpdError, ErrorCode
 from shared.transport.channel import Channel, ConnectionLost, Interrupt
@@ -307,16 +305,11 @@ class KvServer:
         if failure is not None:
             raise ConnectionLost(failure.code, failure.message) from failure
 
-    def _send_segment(
-        self, channel: Channel, name: LeaseId, lease: Lease, segment: Segment, digest: xxhash.xxh3_64
-    ) -> int:
+    def _send_segment(self, channel: Channel, name: LeaseId, lease: Lease, segment: Segment, digest: Digest) -> int:
         views = self._memory.segment_views(lease.block_table, segment)
         length = segment.num_bytes(self._memory.layout)
         header = memoryview(encode_header(FrameKind.SEGMENT, name, segment, length))
-        channel.send([header, *views])
-        digest.update(header)  # while the receiver already copies
-        for view in views:
-            digest.update(view)
+        channel.send([header, *views], digest)
         return length
 
 

@@ -39,7 +39,7 @@ class Compose:
             "AMPD_KV_MEMORY_MB": "64",
         }
 
-    def __call__(self, *arguments: str, timeout_s: float = 300.0) -> str:
+    def __call__(self, *arguments: str, timeout_s: float = 600.0) -> str:
         return run("docker", "compose", "-p", self.project, *arguments, env=self.environment, timeout_s=timeout_s)
 
     def containers(self, service: str) -> list[str]:

@@ -82,6 +82,7 @@ class FaultProxy:
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
+        writer.close()  # the receiver has closed: the sender is to see it
 
     async def _forward_frames(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         number = 0

@@ -47,6 +47,7 @@ COME_BACK = {
     ErrorCode.OVERLOADED,
     ErrorCode.ROUND_IN_FLIGHT,
     ErrorCode.BUS_UNAVAILABLE,
+    ErrorCode.DEADLINE_EXCEEDED,  # while it was held
 }
 
 

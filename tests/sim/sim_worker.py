@@ -182,6 +182,9 @@ class SimWorker:
         session.tokens, session.num_kv = tokens, min(common, len(tokens) - 1)
         prompt_length = message.num_history_tokens + message.num_input_tokens
         session.run = run = SimRun(message, session.num_kv, tokens[prompt_length:])
+        assert find_finish_reason(run.output, message.stop) is None, (
+            "the worker itself ends the round"
+        )
         if message.remote is None:
             self.later(PREFILL_S, lambda: self._begin_decode(session, run))
         elif session.num_kv > 0:
@@ -237,23 +240,22 @@ class SimWorker:
         if run.stopped or run.ended is not None:
             return
         message = run.message
-        if find_finish_reason(run.output, message.stop) is None:
-            prompt = session.tokens[: message.num_history_tokens + message.num_input_tokens]
-            token = compute_token(prompt, len(run.output))
-            session.num_kv = len(session.tokens)
-            session.tokens.append(token)
-            run.output.append(token)
-            self._publish(
-                run,
-                RoundTokens(
-                    session=message.session,
-                    round=message.round,
-                    attempt=message.attempt,
-                    seq=run.seq,
-                    start_index=len(run.output) - 1,
-                    token_ids=pack_token_ids([token]),
-                ),
-            )
+        prompt = session.tokens[: message.num_history_tokens + message.num_input_tokens]
+        token = compute_token(prompt, len(run.output))
+        session.num_kv = len(session.tokens)
+        session.tokens.append(token)
+        run.output.append(token)
+        self._publish(
+            run,
+            RoundTokens(
+                session=message.session,
+                round=message.round,
+                attempt=message.attempt,
+                seq=run.seq,
+                start_index=len(run.output) - 1,
+                token_ids=pack_token_ids([token]),
+            ),
+        )
         reason = find_finish_reason(run.output, message.stop)
         if reason is None:
             self.later(TOKEN_S, lambda: self._take_token(session, run))

@@ -777,12 +777,13 @@ def test_rounds_can_be_read_and_sessions_inspected(driver: Driver) -> None:
 
 
 def test_a_lost_decode_worker_is_replaced_and_what_was_seen_is_forced(driver: Driver) -> None:
+    """But for its last token: the new worker draws it again, and ends the round if it is the end."""
     driver.open("d1")
     driver.play_round([1], [2])
     driver.beat("d2")
     driver.submit([3])
     driver.acknowledge_run()
-    driver.stream(tokens_message(0, 8, 9, round=1))
+    driver.stream(tokens_message(0, 8, 9, 10, round=1))
     driver.tick(4.0, "d2")
     (driver.run,) = driver.sent(RunRound)
     run = driver.run.message
