@@ -28,10 +28,13 @@ from shared.messages import (
     encode,
 )
 
+# A million token ids as bytes. Decoding takes at most about 12 times the memory of what is decoded.
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+
 
 def read_request(data: bytes) -> ClientRequest:
     """A client's request, its token ids as bytes. Raises MALFORMED_MESSAGE, INVALID_REQUEST."""
-    message = decode(data)
+    message = decode(data, max_bytes=MAX_REQUEST_BYTES)
     if not isinstance(message, OpenSession | SubmitRound | CancelRound | CloseSession | InspectSession | ReadRound):
         raise AmpdError(
             ErrorCode.INVALID_REQUEST,

@@ -95,6 +95,9 @@ async def test_bad_requests_are_refused_by_name_and_leave_nothing(cluster: Any) 
         assert named in reply["message"], (request, reply)
     broken = await bus.request(subjects.session_request("default", "s"), b"\xc1\xff\x00", timeout_s=5.0)
     assert b"malformed_message" in broken
+    large = await bus.request(subjects.session_request("default", "s"), b"{" + b" " * (5 << 20), timeout_s=5.0)
+    assert b"malformed_message" in large
+    assert b"send less" in large
     with pytest.raises(AmpdError, match="exceeds the bus"):
         await bus.publish(subjects.session_request("default", "s"), b"x" * (bus.max_payload + 1))
     assert (await ask_json(bus, "s", {"type": "close"}))["type"] == "closed"

@@ -79,9 +79,10 @@ class FaultProxy:
         await asyncio.gather(upward, return_exceptions=True)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
+        with suppress(ConnectionError):  # a reset is an end as well
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
         writer.close()  # the receiver has closed: the sender is to see it
 
     async def _forward_frames(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

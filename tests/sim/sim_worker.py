@@ -182,9 +182,7 @@ class SimWorker:
         session.tokens, session.num_kv = tokens, min(common, len(tokens) - 1)
         prompt_length = message.num_history_tokens + message.num_input_tokens
         session.run = run = SimRun(message, session.num_kv, tokens[prompt_length:])
-        assert find_finish_reason(run.output, message.stop) is None, (
-            "the worker itself ends the round"
-        )
+        assert find_finish_reason(run.output, message.stop) is None, "the worker itself ends the round"
         if message.remote is None:
             self.later(PREFILL_S, lambda: self._begin_decode(session, run))
         elif session.num_kv > 0:

@@ -99,7 +99,7 @@ def test_weights_that_are_cut_off_are_refused(tmp_path: Path, folder: Path) -> N
     shutil.copytree(folder, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "safetensors" in refused(tmp_path / "cut")
+    assert "cannot be loaded" in refused(tmp_path / "cut")
 
 
 def test_missing_weights_are_refused(tmp_path: Path, folder: Path) -> None:
@@ -117,15 +117,9 @@ def test_a_model_with_its_own_arithmetic_keeps_it(tmp_path: Path) -> None:
     reference = ModelRunner.load(tmp_path, dtype="float32", num_blocks=8, attention="sdpa")
     assert native.decoder_name == "transformers+native"
     tokens = [5, 9, 2, 7, 1, 8]
-    for output_index in range(20):
-        items = [
-            StepItem(
-                tokens[-1:] if output_index else tokens,
-                len(tokens) - 1 if output_index else 0,
-                [3, 1],
-                SamplingParams(),
-            )
-        ]
+    num_cached = 0
+    for _ in range(20):
+        items = [StepItem(tokens[num_cached:], num_cached, [3, 1], SamplingParams())]
         [ours], [theirs] = native.step(items), reference.step(items)
         assert ours == theirs
         assert ours is not None
