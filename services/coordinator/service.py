@@ -15,13 +15,12 @@ from services.coordinator.event_log import EventLog
 from services.coordinator.input_text import InputText
 from services.coordinator.message_reading import (
     digest_request,
-    read_command_reply,
     read_report,
     read_request,
 )
+from services.coordinator.outgoing import Outgoing
 from services.coordinator.record_writer import RecordWriter
 from services.coordinator.stream_buffer import StreamBuffer
-from services.coordinator.ticket_signing import sign_tickets
 from shared import subjects
 from shared.bus import Bus, BusMessage, Subscription
 from shared.core.commands import (
@@ -38,27 +37,20 @@ from shared.core.commands import (
 from shared.core.coordinator import Coordinator
 from shared.core.coordinator_config import CoordinatorConfig
 from shared.core.events import (
-    AppendFailed,
     ClientRequested,
-    CommandFailed,
-    CommandReplied,
     Event,
     HeartbeatSeen,
-    InputEncoded,
-    InputRefused,
-    RecordAppended,
     RecordsLoaded,
     StreamSeen,
     Ticked,
     WorkerReported,
 )
 from shared.core.types import SessionKey
-from shared.errors import AmpdError, BusError, ErrorCode, NoResponders, RequestTimeout
+from shared.errors import AmpdError, ErrorCode
 from shared.log import get_logger
 from shared.messages import (
     Ack,
     Encoding,
-    ErrorReply,
     GetStatus,
     Heartbeat,
     Message,
@@ -69,7 +61,6 @@ from shared.messages import (
     decode,
     encode,
     encoding_of,
-    error_reply,
     unpack_token_ids,
 )
 from shared.record_log import RecordLog
@@ -79,7 +70,6 @@ QUEUE_GROUP = "coordinator"
 TICK_S = 0.1
 DRAIN_S = 5.0
 REPORT_PATIENCE_S = 5.0  # a worker repeats its report after 2 s: an older one need not wait for ever
-BUS_RETRY_S = 1.0  # a command that could not be sent counts as timed out after this long
 
 log = get_logger(__name__)
 
@@ -102,7 +92,6 @@ class CoordinatorService:
     ) -> None:
         self._bus = bus
         self._records = RecordWriter(record_log)
-        self._secret = secret
         self._text = text
         self._on_crash = on_crash
         self._clock = clock
@@ -110,6 +99,7 @@ class CoordinatorService:
         self._event_log = event_log
         self.core = Coordinator(config)
         self._streams = StreamBuffer(self.core.follows, self._on_stream_payloads)
+        self._outgoing = Outgoing(bus, self._records, text, secret, self.core, self._streams, self.feed)
         self._events: deque[Event] = deque()
         self._is_feeding = False
         self._next_id = 0
@@ -183,19 +173,19 @@ class CoordinatorService:
             case Reply():
                 _resolve(self._replies.pop(command.request_id, None), command)
             case SendToWorker():
-                self._spawn(self._send(command))
+                self._spawn(self._outgoing.send(command))
             case AppendRecord():
-                self._spawn_in_order(command.key, self._append(command))
+                self._spawn_in_order(command.key, self._outgoing.append(command))
             case AcknowledgeEvent():
                 _resolve(self._acknowledgements.pop(command.ack_id, None), command)
             case ObserveRound():
                 self._streams.forget(SessionKey(command.observation.tenant, command.observation.session))
-                self._spawn(self._publish(subjects.OBSERVED_ROUND, encode(command.observation)))
+                self._spawn(self._outgoing.publish(subjects.OBSERVED_ROUND, encode(command.observation)))
             case EncodeInput():
-                self._spawn(self._encode_input(command))
+                self._spawn(self._outgoing.encode_input(command))
             case PublishStream():
                 subject = subjects.round_stream(*command.key, command.message.round)
-                self._spawn(self._publish(subject, encode(command.message, command.encoding)))
+                self._spawn(self._outgoing.publish(subject, encode(command.message, command.encoding)))
             case PurgeRecord():
                 self._spawn_in_order(command.key, self._records.purge(command.key))
             case _:
@@ -238,69 +228,6 @@ class CoordinatorService:
     def _forget_record_task(self, key: SessionKey, done: asyncio.Task[None]) -> None:
         if self._record_tasks.get(key) is done:
             del self._record_tasks[key]
-
-    # -------------------------------------------------------------------- carrying out
-
-    async def _append(self, command: AppendRecord) -> None:
-        try:
-            await self._records.append(command.key, command.entry)
-        except AmpdError as error:
-            log.warning("append failed", session=command.key.session, code=error.code.value, error=error.message)
-            if error.code == ErrorCode.NOT_OWNER:
-                self._records.forget(command.key)
-            self.feed(
-                AppendFailed(key=command.key, append_id=command.append_id, code=error.code, message=error.message)
-            )
-        else:
-            self.feed(RecordAppended(key=command.key, append_id=command.append_id))
-
-    async def _send(self, command: SendToWorker) -> None:
-        message = sign_tickets(
-            self._secret,
-            command.worker_id,
-            command.message,
-            self.core.kv_bytes_per_token(command.worker_id),
-        )
-        event: Event
-        try:
-            data = await self._bus.request(
-                subjects.worker_command(command.worker_id), encode(message), timeout_s=command.timeout_s
-            )
-            event = CommandReplied(command_id=command.command_id, reply=read_command_reply(data))
-        except NoResponders:
-            event = CommandFailed(command_id=command.command_id, reason="no_responders")
-        except RequestTimeout:
-            event = CommandFailed(command_id=command.command_id, reason="timeout")
-        except BusError:
-            await asyncio.sleep(min(BUS_RETRY_S, command.timeout_s))
-            event = CommandFailed(command_id=command.command_id, reason="timeout")
-        except AmpdError as error:  # larger than the bus takes, or an answer that cannot be read
-            event = CommandReplied(command_id=command.command_id, reply=error_reply(error))
-        if isinstance(event, CommandFailed) and event.reason == "no_responders":
-            self._streams.flush_all()
-        else:
-            self._streams.flush_session(SessionKey(message.tenant, message.session))
-        self.feed(event)
-
-    async def _encode_input(self, command: EncodeInput) -> None:
-        try:
-            token_ids = await self._text.encode(command)
-        except AmpdError as error:
-            refusal = error_reply(error)
-        except Exception as error:  # a text that breaks the tokeniser must not end everybody's service
-            log.error("tokenising failed", session=command.key.session, exc_info=error)
-            refusal = ErrorReply(code=ErrorCode.INTERNAL, message="the input could not be tokenised")
-        else:
-            self.feed(InputEncoded(request_id=command.request_id, key=command.key, token_ids=token_ids))
-            return
-        self.feed(InputRefused(request_id=command.request_id, key=command.key, error=refusal))
-
-    async def _publish(self, subject: str, data: bytes) -> None:
-        """At most once, as every publish: a client that misses the end of its round reads it."""
-        try:
-            await self._bus.publish(subject, data)
-        except AmpdError as error:
-            log.warning("publish failed", subject=subject, error=error.message)
 
     # ------------------------------------------------------------------------- messages
 

@@ -15,11 +15,11 @@ from shared.core.admission import (
     check_tokens,
     explain_no_placement,
 )
-from shared.core.attempts import Placement, choose_placement, occupy_workers
 from shared.core.commands import EncodeInput, Reply
 from shared.core.endings import close_session, stop_round
 from shared.core.events import ClientRequested, InputEncoded, InputRefused
 from shared.core.inspection import describe_session, read_round
+from shared.core.placement import Placement, choose_placement, occupy_workers
 from shared.core.records import RoundStartedEntry, SessionOpenedEntry
 from shared.core.session import HeldRequest, Session
 from shared.core.state import State

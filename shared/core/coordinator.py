@@ -3,16 +3,17 @@
 The service turns messages into events and commands into messages; the simulator does it with an event heap. A log of
 (now, event) replayed into a fresh core gives the same commands.
 
-    client_requests   what clients ask          attempts       placing a round, commanding its workers, trying again
-    worker_events     what workers say          endings        finished, failed, cancelled, closed
-    recovery          after a restart           state          what is in memory, and the operations all parts use
+    client_requests   what clients ask          placement        binding a session, routing a prefill
+    command_answers   how commands went         attempts         commanding workers, trying again
+    worker_reports    what workers tell         endings          finished, failed, cancelled, closed
+    recovery          after a restart           state            what is in memory, and what all parts use
 """
 
 from __future__ import annotations
 
 from typing import assert_never
 
-from shared.core import client_requests, worker_events
+from shared.core import client_requests, command_answers, worker_reports
 from shared.core.attempts import command_decode_worker, lose_worker, place_next_attempt
 from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, PublishStream, Reply
 from shared.core.coordinator_config import CoordinatorConfig
@@ -42,7 +43,7 @@ from shared.core.records import (
     SessionClosedEntry,
     SessionOpenedEntry,
 )
-from shared.core.recovery import on_records_loaded, reconcile_round, reconcile_rounds
+from shared.core.recovery import end_grace, on_records_loaded, reconcile_round
 from shared.core.session import HeldRequest, PendingAppend, Session
 from shared.core.state import State
 from shared.core.types import SessionKey
@@ -77,22 +78,22 @@ class Coordinator:
         state = self.state
         match event:
             case StreamSeen():
-                worker_events.on_stream(state, event)
+                worker_reports.on_stream(state, event)
             case RecordAppended():
                 self._on_appended(event)
             case CommandReplied():
-                worker_events.on_command_replied(state, event)
+                command_answers.on_command_replied(state, event)
             case ClientRequested():
                 held = HeldRequest(event, state.now, state.now + state.config.hold_s)
                 client_requests.handle_request(state, held)
             case WorkerReported():
-                worker_events.on_worker_report(state, event)
+                worker_reports.on_worker_report(state, event)
             case Ticked():
                 self._on_tick()
             case HeartbeatSeen():
-                worker_events.on_heartbeat(state, event)
+                worker_reports.on_heartbeat(state, event)
             case CommandFailed():
-                worker_events.on_command_failed(state, event)
+                command_answers.on_command_failed(state, event)
             case InputEncoded() | InputRefused():
                 client_requests.on_input_encoded(state, event)
             case AppendFailed():
@@ -198,9 +199,7 @@ class Coordinator:
         for worker_id in state.fleet.forget_old(state.now):
             state.cost_model.forget_worker(worker_id)
         if state.now >= state.grace_until:
-            state.early_drops.clear()
-            if state.reconciling:
-                reconcile_rounds(state)
+            end_grace(state)
         for session in state.pop_due():
             self._look_at(session)
             if session.key in state.sessions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.core.commands import ObserveRound, PublishStream, PurgeRecord, Reply
+from shared.core.commands import ObserveRound, PublishStream, Reply
 from shared.core.records import RoundEndedEntry, SessionClosedEntry
 from shared.core.session import PendingAppend, RoundInFlight, Session
 from shared.core.state import State
@@ -190,11 +190,16 @@ def _append_closed(state: State, session: Session) -> None:
 
 
 def forget_closed(state: State, session: Session) -> None:
-    """The record says closed: answer, have the worker give everything back, free the memory."""
+    """The record says closed: answer, have the worker give everything back, free the memory.
+
+    The record is purged when the worker has confirmed: a coordinator that starts in between finds it and asks again.
+    """
     reply = SessionClosed(session=session.key.session, num_rounds=session.num_rounds)
     for request_id in session.close_requests:
         state.emit(Reply(request_id=request_id, message=reply))
-    state.emit(PurgeRecord(key=session.key))
-    state.unbind(session)
+    is_confirmed_later = state.unbind(session)
     state.remove_session(session)
+    state.purging.add(session.key)
+    if not is_confirmed_later:
+        state.purge(session.key)
     state.counters["sessions_closed"] += 1

@@ -21,6 +21,7 @@ def _check_counts(state: State) -> None:
     assert state.sessions_of_tenant == tenants, "sessions of each tenant are counted"
     assert state.num_held == sum(map(len, state.held.values())), "held requests are counted"
     assert all(state.held.values()), "no key without held requests"
+    assert not state.purging & state.sessions.keys(), "the record of an open session is not purged"
     assert not state.released, "released requests were looked at"
     reconciling = {s.key for s in in_flight if s.in_flight is not None and s.in_flight.phase == "reconciling"}
     assert state.reconciling == reconciling, "the reconciling set is the rounds in that phase"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.core.attempts import command_decode_worker, lost_worker_error, start_next_attempt
-from shared.core.commands import PurgeRecord
 from shared.core.events import RecordsLoaded
 from shared.core.records import AttemptStartedEntry, RecordEntry, RoundStartedEntry, WorkerRef
 from shared.core.session import Session, fold
@@ -26,8 +25,9 @@ def on_records_loaded(state: State, event: RecordsLoaded) -> None:
             state.counters["records_without_beginning"] += 1
             continue
         if session.closed:
-            state.emit(PurgeRecord(key=record.key))
-            state.unbind(session)
+            state.purging.add(record.key)
+            if not state.unbind(session):
+                state.purge(record.key)
             continue
         state.add_session(session)
         _drop_at_former_workers(state, session, record.entries)
@@ -43,6 +43,16 @@ def _drop_at_former_workers(state: State, session: Session, entries: Sequence[Re
     refs = {entry.decode for entry in entries if isinstance(entry, RoundStartedEntry | AttemptStartedEntry)}
     for ref in sorted(refs - {session.last_decode}, key=lambda ref: (ref.worker_id, ref.incarnation)):
         state.drop_at_ref(ref, session.key)
+
+
+def end_grace(state: State) -> None:
+    """Workers that live have been heard of by now: nothing is expected of the others."""
+    for keys in state.early_drops.values():
+        for key in sorted(keys):
+            state.purge(key)
+    state.early_drops.clear()
+    if state.reconciling:
+        reconcile_rounds(state)
 
 
 def _await_worker(state: State, session: Session) -> None:

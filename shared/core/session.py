@@ -275,11 +275,13 @@ class Session:
 def fold(key: SessionKey, entries: Sequence[RecordEntry], rounds_kept: int) -> Session | None:
     """The session that a record tells of; None if the record has no beginning (nothing was ever promised).
 
-    A closed session comes back with `closed` set: its record is still to be purged.
+    A closed session comes back with `closed` set: its record is still to be purged. One that was opened again
+    before that begins anew.
     """
-    if not entries or not isinstance(entries[0], SessionOpenedEntry):
-        return None
-    session = Session(key=key, opened=entries[0], rounds_kept=rounds_kept)
+    session: Session | None = None
     for entry in entries:
-        session.apply(entry)
+        if isinstance(entry, SessionOpenedEntry) and (session is None or session.closed):
+            session = Session(key=key, opened=entry, rounds_kept=rounds_kept)
+        elif session is not None:
+            session.apply(entry)
     return session

@@ -10,7 +10,7 @@ import heapq
 from collections import Counter
 from dataclasses import dataclass
 
-from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, Reply, SendToWorker
+from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, PurgeRecord, Reply, SendToWorker
 from shared.core.coordinator_config import CoordinatorConfig
 from shared.core.cost_model import CostModel
 from shared.core.fleet import Fleet, WorkerState
@@ -51,6 +51,7 @@ class State:
         self.released: dict[SessionKey, None] = {}  # held requests to look at again at the end of this event
         self.reconciling: set[SessionKey] = set()
         self.early_drops: dict[WorkerRef, set[SessionKey]] = {}  # at workers not heard of yet, in the grace time
+        self.purging: set[SessionKey] = set()  # closed, but the worker has not confirmed that it dropped them
         self.counters: Counter[str] = Counter()
         self._next_id = 1
         self._timers: list[tuple[float, int, SessionKey]] = []
@@ -102,11 +103,12 @@ class State:
     # ---------------------------------------------------------------- sessions
 
     def add_session(self, session: Session) -> None:
+        self.purging.discard(session.key)  # its record is in use again
         self.sessions[session.key] = session
         self.sessions_of_tenant[session.key.tenant] += 1
 
     def remove_session(self, session: Session) -> None:
-        """Every trace of a session but its worker-side state, which `unbind` takes care of."""
+        """Every trace of a session in memory; what its worker has is `unbind`'s matter."""
         if session.in_flight is not None:
             self.leave_workers(session)
             self.num_rounds_in_flight -= 1
@@ -140,26 +142,46 @@ class State:
         binding.worker.num_promised_tokens -= binding.num_promised_tokens
         return binding.worker
 
-    def unbind(self, session: Session) -> None:
-        """Leave the decode worker, and have it drop the session: now, or when it can be reached again."""
+    def unbind(self, session: Session) -> bool:
+        """Leave the decode worker, and have it drop the session: now, or when it can be reached again.
+
+        True: its answer can be expected.
+        """
         worker = self.release_binding(session)
         if worker is not None:
-            self.drop_at(worker, session.key)
-        elif session.last_decode is not None:  # bound before this coordinator started
-            self.drop_at_ref(session.last_decode, session.key)
+            return self.drop_at(worker, session.key)
+        if session.last_decode is not None:  # bound before this coordinator started
+            return self.drop_at_ref(session.last_decode, session.key)
+        return False
 
-    def drop_at(self, worker: WorkerState, key: SessionKey) -> None:
+    def drop_at(self, worker: WorkerState, key: SessionKey) -> bool:
         if worker.alive:
             self.send(worker, key, DropSession(tenant=key.tenant, session=key.session))
         else:
             worker.owed_drops.add(key)
+        return worker.alive
 
-    def drop_at_ref(self, ref: WorkerRef, key: SessionKey) -> None:
+    def drop_at_ref(self, ref: WorkerRef, key: SessionKey) -> bool:
         worker = self.fleet.workers.get(ref.worker_id)
         if worker is not None and worker.incarnation == ref.incarnation:
-            self.drop_at(worker, key)
-        elif worker is None and self.now < self.grace_until:
+            return self.drop_at(worker, key)
+        if worker is None and self.now < self.grace_until:
             self.early_drops.setdefault(ref, set()).add(key)
+            return True
+        return False
+
+    def is_bound_at(self, ref: WorkerRef, key: SessionKey) -> bool:
+        """The session lives at this worker (again): a drop that is still owed would hit the wrong life of it."""
+        session = self.sessions.get(key)
+        if session is None:
+            return False
+        return session.binding.worker.ref == ref if session.binding is not None else session.last_decode == ref
+
+    def purge(self, key: SessionKey) -> None:
+        """A closed session's worker has dropped it, or is gone: nobody needs the record any more."""
+        if key in self.purging:
+            self.purging.discard(key)
+            self.emit(PurgeRecord(key=key))
 
     def leave_workers(self, session: Session) -> None:
         """The attempt in flight no longer counts at its workers (what they still do is cancelled elsewhere)."""

@@ -1,6 +1,6 @@
 // Causal attention of new queries over the paged KV pool, for prefill and decode alike.
 //
-// A panel is up to 16 rows (queries that share a KV head: the query heads of its group, at one or more positions). It
+// A panel is up to 192 rows (queries that share a KV head: the query heads of its group, at one or more positions). It
 // walks over its keys in tiles of 64 positions with an online softmax (Dao et al. 2022), reading keys and values where
 // they lie in the pool. Tiles start at fixed positions, and a row never mixes with another, so its result is the same
 // chain of operations whatever panel, batch or chunk it is in.
@@ -16,7 +16,10 @@
 namespace {
 
 constexpr int TILE = 64;  // positions; 64 x 64 floats of keys are 16 KB
+constexpr int PANEL_ROWS = 192;  // share each tile while it is in a near cache
+constexpr int STRIP_ROWS = 24;   // of a panel: its scores, 24 x 64 floats, stay in the L1 cache
 constexpr int KEYS = 4;  // keys whose scores are summed up together
+constexpr int NEAR = 8;  // keys
 constexpr int SCORE_ROWS = MAX_ACCUMULATORS / KEYS;
 constexpr int VALUE_ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
@@ -45,34 +48,31 @@ struct Panel {
   int64_t sequence, head, first_row, rows;
 };
 
+// The rows of a panel, and what they carry from tile to tile; and a tile's keys and values, widened.
 struct Scratch {
   std::unique_ptr<float[]> memory;
   float* queries;  // [rows][head_dim], scaled
   float* output;   // [rows][head_dim]
-  float* keys;     // a tile's, widened
+  float* keys;     // [positions][head_dim]
   float* values;
+  int32_t limits[PANEL_ROWS];  // the last position each row may look at
+  float maxima[PANEL_ROWS];
+  float totals[PANEL_ROWS];
   explicit Scratch(int64_t head_dim)
-      : memory(new float[(2 * PANEL + 2 * TILE) * head_dim]),
+      : memory(new float[(2 * PANEL_ROWS + 2 * TILE) * head_dim]),
         queries(memory.get()),
-        output(queries + PANEL * head_dim),
-        keys(output + PANEL * head_dim),
+        output(queries + PANEL_ROWS * head_dim),
+        keys(output + PANEL_ROWS * head_dim),
         values(keys + TILE * head_dim) {}
 };
 
-// What the rows of a panel carry from tile to tile.
-struct Rows {
-  int32_t limits[PANEL];  // the last position each row may look at
-  float maxima[PANEL];
-  float totals[PANEL];
-};
-
-// While a tile is worked on, score_rows and add_values ask for the keys and values of the next one (`ahead`), a few
-// cache lines at a time: they are short runs in scattered blocks, which the processor does not foresee, and of many
-// requests at once it drops most.
+// While a tile is worked on, score_rows and add_columns ask for the keys and values of the next one (`ahead`): they are
+// short runs in scattered blocks, which the processor does not foresee. It drops requests while too many are open, so
+// what is needed soon is asked for again.
 
 // scores[row][key] for ROWS rows; `count` is rounded up to whole groups of keys by repeating the last one.
 template <int ROWS, typename Key, typename Kv>
-void score_rows(const float* queries, const Key* const* keys, int count, int64_t head_dim, const Kv* const* ahead,
+NOINLINE void score_rows(const float* queries, const Key* const* keys, int count, int64_t head_dim, const Kv* const* ahead,
                 float* scores) {
   constexpr int64_t CACHE_LINE = 64 / sizeof(Kv);
   for (int key = 0; key < count; key += KEYS) {
@@ -81,7 +81,10 @@ void score_rows(const float* queries, const Key* const* keys, int count, int64_t
     for (int i = 0; i < KEYS; ++i) key_rows[i] = keys[std::min(key + i, count - 1)];
     for (int64_t d = 0; d < head_dim; d += LANES) {
       if (ahead && d % CACHE_LINE == 0)
-        for (int i = 0; i < KEYS; ++i) __builtin_prefetch(ahead[key + i] + d);
+        for (int i = 0; i < KEYS; ++i) {
+          __builtin_prefetch(ahead[key + i] + d);
+          __builtin_prefetch(keys[std::min(key + NEAR + i, count - 1)] + d);
+        }
       Vec query[ROWS];
       for (int i = 0; i < ROWS; ++i) query[i] = load(queries + i * head_dim + d);
       for (int j = 0; j < KEYS; ++j) {
@@ -136,15 +139,17 @@ float soften_row(float* scores, int64_t tile_start, int count, int32_t limit, fl
 
 // output[row][dim] = output * decay[row] + sum over keys of weights[row][key] * values[key][dim]
 template <int ROWS, int VECTORS, typename Value, typename Kv>
-void add_columns(const float* weights, const Value* const* values, int count, const Kv* const* ahead,
+NOINLINE void add_columns(const float* weights, const Value* const* values, int count, const Kv* const* ahead,
                  const float* decay, float* output, int64_t head_dim, int64_t dim) {
   Vec sums[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) sums[i][j] = load(output + i * head_dim + dim + j * LANES) * decay[i];
   for (int key = 0; key < count; ++key) {
     if (ahead)
-      for (int j = 0; j < VECTORS * LANES * static_cast<int>(sizeof(Kv)); j += 64)
+      for (int j = 0; j < VECTORS * LANES * static_cast<int>(sizeof(Kv)); j += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(ahead[key] + dim) + j);
+        __builtin_prefetch(reinterpret_cast<const char*>(values[std::min(key + NEAR, count - 1)] + dim) + j);
+      }
     Vec value[VECTORS];
     for (int j = 0; j < VECTORS; ++j) value[j] = load(values[key] + dim + j * LANES);
     for (int i = 0; i < ROWS; ++i) {
@@ -185,24 +190,36 @@ void find_keys(const Attention& a, const Kv* pool, const Panel& panel, int64_t s
   }
 }
 
-// One tile for all rows of the panel. `ahead` (null at the last tile) is where the next tile's keys are.
+// One tile for the rows [first, first + rows) of the panel. `ahead` is where the next tile's keys are, or null.
 template <typename Key, typename Kv>
-void attend_tile(const Attention& a, int64_t rows, int64_t start, int count, const Key* const* keys,
-                 const Key* const* values, const Kv* const* ahead, Scratch& scratch, Rows& state) {
-  alignas(64) float scores[PANEL * TILE];
-  float decay[PANEL];
+void attend_strip(const Attention& a, int64_t first, int64_t rows, int64_t start, int count, const Key* const* keys,
+                  const Key* const* values, const Kv* const* ahead, Scratch& scratch) {
+  alignas(64) float scores[STRIP_ROWS * TILE];
+  float decay[STRIP_ROWS];
   const Kv* ahead_values[TILE];
   for (int i = 0; ahead && i < TILE; ++i) ahead_values[i] = ahead[i] + a.value_offset;
   for (int64_t row = 0; row < rows; row += SCORE_ROWS)
-    score_some_rows<SCORE_ROWS>(std::min<int64_t>(SCORE_ROWS, rows - row), scratch.queries + row * a.head_dim, keys,
-                                count, a.head_dim, row == 0 ? ahead : nullptr, scores + row * TILE);
+    score_some_rows<SCORE_ROWS>(std::min<int64_t>(SCORE_ROWS, rows - row),
+                                scratch.queries + (first + row) * a.head_dim, keys, count, a.head_dim,
+                                row == 0 ? ahead : nullptr, scores + row * TILE);
   for (int64_t row = 0; row < rows; ++row)
-    decay[row] = soften_row(scores + row * TILE, start, count, state.limits[row], &state.maxima[row],
-                            &state.totals[row]);
+    decay[row] = soften_row(scores + row * TILE, start, count, scratch.limits[first + row],
+                            &scratch.maxima[first + row], &scratch.totals[first + row]);
   for (int64_t row = 0; row < rows; row += VALUE_ROWS)
     add_values<VALUE_ROWS>(std::min<int64_t>(VALUE_ROWS, rows - row), scores + row * TILE, values, count,
                            row == 0 && ahead ? ahead_values : nullptr, decay + row,
-                           scratch.output + row * a.head_dim, a.head_dim);
+                           scratch.output + (first + row) * a.head_dim, a.head_dim);
+}
+
+// One tile for all rows of the panel that may look at it.
+template <typename Key, typename Kv>
+void attend_tile(const Attention& a, int64_t rows, int64_t start, int count, const Key* const* keys,
+                 const Key* const* values, const Kv* const* ahead, Scratch& scratch) {
+  int64_t first = 0;
+  while (scratch.limits[first] < start) ++first;
+  for (int64_t row = first; row < rows; row += STRIP_ROWS)
+    attend_strip(a, row, std::min<int64_t>(STRIP_ROWS, rows - row), start, count, keys, values,
+                 row == first ? ahead : nullptr, scratch);
 }
 
 // bfloat16 keys and values, when several groups of rows will read them.
@@ -226,18 +243,17 @@ int64_t find_row(const Attention& a, const Panel& panel, int64_t row, int64_t st
 
 template <typename Kv>
 void attend_panel(const Attention& a, const Kv* pool, const Panel& panel, Scratch& scratch) {
-  Rows state;
   const int64_t num_new = a.query_starts[panel.sequence + 1] - a.query_starts[panel.sequence];
   for (int64_t i = 0; i < panel.rows; ++i) {
     const float* query = a.queries + find_row(a, panel, panel.first_row + i, a.query_stride);
     for (int64_t d = 0; d < a.head_dim; ++d) scratch.queries[i * a.head_dim + d] = query[d] * a.scaling;
-    state.limits[i] = static_cast<int32_t>(a.contexts[panel.sequence] - num_new + (panel.first_row + i) / a.group);
-    state.maxima[i] = MINUS_INFINITY;
-    state.totals[i] = 0.0f;
+    scratch.limits[i] = static_cast<int32_t>(a.contexts[panel.sequence] - num_new + (panel.first_row + i) / a.group);
+    scratch.maxima[i] = MINUS_INFINITY;
+    scratch.totals[i] = 0.0f;
   }
   std::fill(scratch.output, scratch.output + panel.rows * a.head_dim, 0.0f);
 
-  const int64_t stop = state.limits[panel.rows - 1] + 1;  // keys from here on may not even be written
+  const int64_t stop = scratch.limits[panel.rows - 1] + 1;  // keys from here on may not even be written
   const Kv *found[TILE], *values[TILE], *ahead[TILE];
   find_keys(a, pool, panel, 0, std::min<int64_t>(TILE, stop), ahead);
   for (int64_t start = 0; start < stop; start += TILE) {
@@ -250,16 +266,16 @@ void attend_panel(const Attention& a, const Kv* pool, const Panel& panel, Scratc
       if (panel.rows > SCORE_ROWS) {
         const float *wide_keys[TILE], *wide_values[TILE];
         widen_tile(a, found, count, scratch, wide_keys, wide_values);
-        attend_tile(a, panel.rows, start, count, wide_keys, wide_values, next, scratch, state);
+        attend_tile(a, panel.rows, start, count, wide_keys, wide_values, next, scratch);
         continue;
       }
     }
     for (int i = 0; i < count; ++i) values[i] = found[i] + a.value_offset;
-    attend_tile(a, panel.rows, start, count, found, values, next, scratch, state);
+    attend_tile(a, panel.rows, start, count, found, values, next, scratch);
   }
   for (int64_t i = 0; i < panel.rows; ++i) {
     float* out = a.out + find_row(a, panel, panel.first_row + i, a.out_stride);
-    const float inverse = 1.0f / state.totals[i];
+    const float inverse = 1.0f / scratch.totals[i];
     for (int64_t d = 0; d < a.head_dim; ++d) out[d] = scratch.output[i * a.head_dim + d] * inverse;
   }
 }
@@ -269,9 +285,9 @@ std::vector<Panel> cut_into_panels(const Attention& a) {
   for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
     const int64_t rows = (a.query_starts[sequence + 1] - a.query_starts[sequence]) * a.group;
     // The last rows have the most keys: they go first, so that no thread is left with a long one at the end.
-    for (int64_t row = (rows - 1) / PANEL * PANEL; row >= 0; row -= PANEL)
+    for (int64_t row = (rows - 1) / PANEL_ROWS * PANEL_ROWS; row >= 0; row -= PANEL_ROWS)
       for (int64_t head = 0; head < a.kv_heads; ++head)
-        panels.push_back({sequence, head, row, std::min<int64_t>(PANEL, rows - row)});
+        panels.push_back({sequence, head, row, std::min<int64_t>(PANEL_ROWS, rows - row)});
   }
   return panels;
 }

@@ -29,10 +29,11 @@ struct Product {
   int64_t outputs;  // a multiple of PANEL
 };
 
-// ROWS x (PANELS * 16) outputs over the inputs [first, last): the accumulators stay in registers.
+// ROWS x (PANELS * 16) outputs over the inputs [first, last): the accumulators stay in registers. On the way it asks
+// for the memory from `ahead` on, `ahead_step` bytes an input.
 template <int ROWS, int PANELS, typename Weight>
-void multiply_tile(const Product& product, const Weight* weights, int64_t panel_stride, int64_t row, int64_t output,
-                   int64_t first, int64_t last) {
+NOINLINE void multiply_tile(const Product& product, const Weight* weights, int64_t panel_stride, int64_t row, int64_t output,
+                   int64_t first, int64_t last, const char* ahead, int64_t ahead_step) {
   Vec sums[ROWS][PANELS * PANEL_VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < PANELS * PANEL_VECTORS; ++j) {
@@ -42,8 +43,7 @@ void multiply_tile(const Product& product, const Weight* weights, int64_t panel_
     }
   const float* x = product.x + row * product.x_stride;
   for (int64_t k = first; k < last; ++k) {
-    // The block after this one, into the L2 cache: while many rows pass over this block, memory would stand idle.
-    if (PANELS == 1) __builtin_prefetch(weights + (k - first + INPUT_BLOCK) * PANEL, 0, 2);
+    if (PANELS == 1) __builtin_prefetch(ahead + (k - first) * ahead_step, 0, 2);
     Vec weight[PANELS * PANEL_VECTORS];
     for (int p = 0; p < PANELS; ++p)
       for (int j = 0; j < PANEL_VECTORS; ++j)
@@ -60,11 +60,11 @@ void multiply_tile(const Product& product, const Weight* weights, int64_t panel_
 
 template <int ROWS, typename Weight>
 void multiply_rows(int64_t rows, const Product& product, const Weight* weights, int64_t row, int64_t output,
-                   int64_t first, int64_t last) {
+                   int64_t first, int64_t last, const char* ahead, int64_t ahead_step) {
   if (rows == ROWS)
-    multiply_tile<ROWS, 1>(product, weights, 0, row, output, first, last);
+    multiply_tile<ROWS, 1>(product, weights, 0, row, output, first, last, ahead, ahead_step);
   else if constexpr (ROWS > 1)
-    multiply_rows<ROWS - 1>(rows, product, weights, row, output, first, last);
+    multiply_rows<ROWS - 1>(rows, product, weights, row, output, first, last, ahead, ahead_step);
 }
 
 // One panel for some rows: a block of its weights stays in the L1 cache while the rows go past it.
@@ -79,13 +79,18 @@ void multiply_panel(const Product& product, const Weight* weights, int64_t panel
     alignas(64) float widened[INPUT_BLOCK * PANEL];
     if (widen_first)
       for (int64_t i = 0; i < (last - first) * PANEL; i += LANES) store(widened + i, load(block + i));
+    // While the tiles use this block, each fetches its share of the next one into the L2 cache, evenly: the processor
+    // drops prefetches that come faster than memory answers.
+    const int64_t block_bytes = INPUT_BLOCK * PANEL * sizeof(Weight);
+    const int64_t ahead_step = block_bytes / INPUT_BLOCK / tiles;
     for (int64_t tile = 0; tile < tiles; ++tile) {
+      const char* ahead = reinterpret_cast<const char*>(block) + block_bytes + block_bytes * tile / tiles;
       const int64_t row = row_start + (row_stop - row_start) * tile / tiles;
       const int64_t rows = row_start + (row_stop - row_start) * (tile + 1) / tiles - row;
       if (widen_first)
-        multiply_rows<MAX_ROWS>(rows, product, widened, row, panel * PANEL, first, last);
+        multiply_rows<MAX_ROWS>(rows, product, widened, row, panel * PANEL, first, last, ahead, ahead_step);
       else
-        multiply_rows<MAX_ROWS>(rows, product, block, row, panel * PANEL, first, last);
+        multiply_rows<MAX_ROWS>(rows, product, block, row, panel * PANEL, first, last, ahead, ahead_step);
     }
   }
 }
@@ -97,9 +102,10 @@ void multiply_few(const Product& product, const Weight* weights, int64_t panel, 
   const int64_t panel_stride = product.inputs * PANEL;
   for (; panel + WIDE <= stop; panel += WIDE)
     multiply_tile<ROWS, WIDE>(product, weights + panel * panel_stride, panel_stride, 0, panel * PANEL, 0,
-                              product.inputs);
+                              product.inputs, nullptr, 0);
   for (; panel < stop; ++panel)
-    multiply_tile<ROWS, 1>(product, weights + panel * panel_stride, 0, 0, panel * PANEL, 0, product.inputs);
+    multiply_tile<ROWS, 1>(product, weights + panel * panel_stride, 0, 0, panel * PANEL, 0, product.inputs,
+                           nullptr, 0);
 }
 
 template <typename Weight>

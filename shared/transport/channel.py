@@ -32,7 +32,7 @@ from shared.transport.protocol import (
 )
 
 MAX_IOVECS = 1024  # IOV_MAX on Linux
-PIECE_BYTES = 512 << 10  # of one system call, then digested: both ends stay in their level-2 caches
+PIECE_BYTES = 512 << 10  # sent by one system call, then digested: within the level-2 cache
 _UNIX_BUFFER_BYTES = 1 << 20  # two pieces, so that one end need not wait for the other; clamped to net.core.wmem_max
 _TIMEVAL = struct.Struct("@ll")
 
@@ -141,33 +141,34 @@ class Channel:
                     sent = self.sock.sendmsg(rest, (), socket.MSG_NOSIGNAL)
                 except OSError as error:
                     raise self._failure(error, "took no byte") from error
-                rest = _advance(rest, sent)
+                rest = _split(rest, sent)[1]
                 self._check_deadline()
             if digest is not None:  # while the receiver already copies
                 for view in piece:
                     digest.update(view)
 
     def receive_into(self, views: Sequence[memoryview], digest: Digest | None = None, *, may_end: bool = False) -> None:
-        """Fill every view, and add their bytes to the digest.
+        """Fill every view; with a digest, add their bytes to it as they come.
 
         Raises ConnectionLost; PeerClosed if may_end and the stream ends before the first byte.
         """
-        for piece in cut_into_pieces(views):
-            rest = piece
-            while rest:
-                try:
-                    received = self.sock.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0]
-                except OSError as error:
-                    raise self._failure(error, "sent no byte") from error
-                if received == 0:
-                    error_type = PeerClosed if may_end else ConnectionLost
-                    raise error_type(ErrorCode.KV_TRANSFER_FAILED, "the peer closed the connection before the end")
-                may_end = False
-                rest = _advance(rest, received)
-                self._check_deadline()
-            if digest is not None:  # while the bytes are in the cache and the sender goes on
-                for view in piece:
+        # payload is taken as it comes and digested while it is in the cache: cheaper than waiting for whole pieces
+        flags = socket.MSG_WAITALL if digest is None else 0
+        rest = [view for view in views if view.nbytes]
+        while rest:
+            try:
+                received = self.sock.recvmsg_into(rest[:MAX_IOVECS], 0, flags)[0]
+            except OSError as error:
+                raise self._failure(error, "sent no byte") from error
+            if received == 0:
+                error_type = PeerClosed if may_end else ConnectionLost
+                raise error_type(ErrorCode.KV_TRANSFER_FAILED, "the peer closed the connection before the end")
+            may_end = False
+            filled, rest = _split(rest, received)
+            if digest is not None:
+                for view in filled:
                     digest.update(view)
+            self._check_deadline()
 
     def _check_deadline(self) -> None:
         """The total deadline; while it is nearer than the progress timeout it bounds the kernel's wait as well."""
@@ -226,13 +227,14 @@ def cut_into_pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
         yield piece
 
 
-def _advance(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of `views` after their first `count` bytes. The common case, all of them, costs no copy."""
+def _split(views: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first `count` bytes of the views, and what is left of them."""
     index = 0
     while index < len(views) and count >= views[index].nbytes:
         count -= views[index].nbytes
         index += 1
-    rest = views[index:]
+    first, rest = views[:index], views[index:]
     if count:
+        first.append(rest[0][:count])
         rest[0] = rest[0][count:]
-    return rest
+    return first, rest

@@ -93,6 +93,7 @@ class SimCluster:
         self._number = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._link_busy: dict[str, float] = {}
+        self._appending: dict[int, Callable[[], None]] = {}
         self._acknowledged: dict[int, Callable[[], None]] = {}
         self._replies: dict[int, Callable[[Message], None]] = {}
         self.start_coordinator()
@@ -147,6 +148,10 @@ class SimCluster:
     def kill_coordinator(self) -> None:
         self._check_records()
         self.coordinator = None
+        for store in list(self._appending.values()):
+            if self.random.random() < 0.5:
+                store()
+        self._appending.clear()
         self._acknowledged.clear()
         self._replies.clear()
 
@@ -224,7 +229,7 @@ class SimCluster:
                 self.observed.append(command.observation)
 
     def _append(self, command: AppendRecord) -> None:
-        """The record has it after a moment, even if the coordinator has died meanwhile."""
+        """The record has it after a moment; if the coordinator dies meanwhile, perhaps."""
         life = self._life
         if self.random.random() < self.faults.append_fails:
             failed = AppendFailed(
@@ -234,9 +239,12 @@ class SimCluster:
             return
 
         def store() -> None:
-            self.records.setdefault(command.key, []).append(encode_entry(command.entry))
-            self._feed_in_life(life, RecordAppended(key=command.key, append_id=command.append_id))
+            if self._appending.pop(number, None) is not None:
+                self.records.setdefault(command.key, []).append(encode_entry(command.entry))
+                self._feed_in_life(life, RecordAppended(key=command.key, append_id=command.append_id))
 
+        number = self.take_number()
+        self._appending[number] = store
         self.at(self.now + self.random.uniform(0.0003, 0.003), store)
 
     # --------------------------------------------------------------------------- workers
@@ -352,7 +360,12 @@ class SimCluster:
         assert self.coordinator is not None
         state = self.coordinator.state
         self.run_until(
-            lambda: not state.pending and not any(w.alive and w.owed_drops for w in state.fleet.workers.values()), 60.0
+            lambda: (
+                not state.pending
+                and not state.purging
+                and not any(w.alive and w.owed_drops for w in state.fleet.workers.values())
+            ),
+            60.0,
         )
         self.run_for(2.0)
         assert not state.sessions

@@ -326,7 +326,6 @@ def test_idle_sessions_are_closed(driver: Driver) -> None:
     assert KEY in driver.core.state.sessions
     driver.tick(1.0, "d")
     assert KEY not in driver.core.state.sessions
-    assert driver.one(PurgeRecord).key == KEY
     assert len(driver.sent(DropSession)) == 1
 
 
@@ -336,7 +335,9 @@ def test_close_drops_the_session_at_its_worker_and_frees_its_memory(driver: Driv
     closed = driver.answer(CloseSession())
     assert closed.num_rounds == 1
     (drop,) = driver.sent(DropSession)
+    assert not driver.take(PurgeRecord), "a coordinator that starts now must still find it"
     driver.reply(drop, Ack())
+    assert driver.one(PurgeRecord).key == KEY
     state = driver.core.state
     assert not state.sessions
     assert not state.pending
@@ -1083,15 +1084,33 @@ def test_a_round_whose_worker_is_gone_gets_the_next_attempt(driver: Driver, gone
     assert fresh.sent(RunRound)[0].message.attempt == 2
 
 
-def test_a_session_closed_just_before_is_purged_and_dropped(driver: Driver) -> None:
+@pytest.mark.parametrize("worker_lives", [True, False])
+def test_a_session_closed_just_before_is_dropped_and_purged(driver: Driver, worker_lives: bool) -> None:
     driver.open()
     driver.play_round([1], [2])
     driver.ask(CloseSession())
     fresh = restart(driver)
-    assert fresh.one(PurgeRecord).key == KEY
     assert not fresh.core.state.sessions
-    fresh.beat("d")
-    assert len(fresh.sent(DropSession)) == 1
+    if worker_lives:
+        fresh.beat("d")
+        (drop,) = fresh.sent(DropSession)
+        fresh.reply(drop, Ack())
+    else:
+        assert not fresh.take(PurgeRecord)
+        fresh.tick(4.0)
+    assert fresh.one(PurgeRecord).key == KEY
+
+
+def test_a_session_opened_again_keeps_the_record_from_being_purged(driver: Driver) -> None:
+    driver.open()
+    driver.play_round([1], [2])
+    driver.ask(CloseSession())
+    (drop,) = driver.sent(DropSession)
+    assert driver.answer(OpenSession()).session == "s"
+    driver.reply(drop, Ack())
+    assert not driver.take(PurgeRecord)
+    fresh = restart(driver)
+    assert fresh.core.state.sessions[KEY].num_tokens == 0
 
 
 def test_idempotency_keys_survive(driver: Driver) -> None:
