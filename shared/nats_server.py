@@ -170,6 +170,9 @@ class NatsServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                # On few cores, Go's idle threads spin looking for work: one processor serves more, for less CPU
+                # (measured in docs/decisions/0002-bus-and-records.md).
+                env={"GOMAXPROCS": "1", **os.environ},
                 start_new_session=True,  # Ctrl-C in a terminal reaches us, and we stop the server last
                 preexec_fn=dying_with_this_process(),
             )
