@@ -213,7 +213,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
     add("--dtype", choices=DTYPES, default="auto", help="of weights and KV; auto: what the CPU multiplies fastest")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=_integer(1), default=1, metavar="N", help="per worker (default: %(default)s)")
-    add("--kv-memory-mb", type=_integer(1), default=512, metavar="MB", help="per worker (default: %(default)s)")
+    add("--kv-memory-mb", type=_integer(1), default=1024, metavar="MB", help="per worker (default: %(default)s)")
     add("--max-context", type=_integer(1), metavar="TOKENS", help="(default: what the model was made for)")
     add("--port", type=_integer(0, 65535), metavar="P", help=port_help)
     add("--data-dir", type=Path, metavar="D", help="sessions survive here (default: a temporary folder)")

@@ -50,7 +50,7 @@ class ClusterOptions:
     dtype: str = "auto"  # bfloat16 where the processor multiplies it in hardware, else float32
     device: str = "cpu"
     threads: int = 1
-    kv_memory_mb: int = 512
+    kv_memory_mb: int = 1024
     max_context: int | None = None
     port: int = 0
     data_dir: Path | None = None

@@ -221,7 +221,7 @@ class PrefillRole:
 
     async def _clean_up(self, job: PrefillJob) -> None:
         """Give back what the job holds; on return nothing reads or writes its blocks."""
-        await self._steps.abandon_transfers(job)
+        await self._steps.abandon(job)
         job.kv.pinned = False
         self._engine.scheduler.drop(job.key)
         self._engine.wake()

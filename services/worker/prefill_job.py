@@ -33,6 +33,7 @@ class PrefillJob:
     transfer_s: float = 0.0
     compute_started_at: float = 0.0
     compute_ended_at: float = 0.0
+    sequence: Sequence | None = None
     lease: Lease | None = None  # on the increment, for the decode worker
     first_token: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     lease_ended: asyncio.Future[LeaseEnd] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -76,7 +77,7 @@ class PrefillJob:
 
 
 class PrefillSteps:
-    """The steps of a job's life, in order: pull_history, compute, hand_over; abandon_transfers always.
+    """The steps of a job's life, in order: pull_history, compute, hand_over; abandon always.
 
     One job computes at a time; others pull or hand over meanwhile.
     """
@@ -135,7 +136,7 @@ class PrefillSteps:
             complete=False,
             num_layers=self._engine.runner.layout.num_layers,
         )
-        sequence = Sequence(
+        job.sequence = sequence = Sequence(
             key=job.key,
             kv=job.kv,
             sampling=message.sampling,
@@ -210,8 +211,10 @@ class PrefillSteps:
         if end is not LeaseEnd.DELIVERED:
             raise AmpdError(ErrorCode.KV_TRANSFER_FAILED, f"the prefilled KV was not taken: its lease was {end.value}")
 
-    async def abandon_transfers(self, job: PrefillJob) -> None:
-        """On return no transfer reads or writes the job's blocks; what was complete is left as it is."""
+    async def abandon(self, job: PrefillJob) -> None:
+        """On return no forward pass and no transfer touches the job's blocks; what was complete is left as it is."""
+        if job.sequence is not None:  # `compute` removes it too, but may be cancelled while it waits for the step's end
+            await self._engine.remove(job.sequence)
         if job.pull is not None:
             await job.pull.cancel()
         if job.lease is not None:

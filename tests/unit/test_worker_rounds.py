@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import threading
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -388,3 +389,61 @@ async def test_a_foreign_ticket_moves_no_byte_and_the_round_fails_typed(cluster:
     ended = await commander.end()
     assert ended.error is not None
     assert ended.output_token_ids == b""
+
+
+async def test_cancel_while_a_refused_prefill_waits_for_its_step(cluster: Any, reference: Any) -> None:
+    """The decode worker refuses the offer while the forward pass runs; the cancel comes before the pass has ended."""
+    commander, prefiller, decoder = cluster
+    in_step, go_on = asyncio.Event(), threading.Event()
+    loop, step = asyncio.get_running_loop(), prefiller.runner.step
+
+    def slow_step(items: Any) -> Any:
+        loop.call_soon_threadsafe(in_step.set)
+        go_on.wait(10)
+        return step(items)
+
+    prefiller.runner.step = slow_step
+    message = commander.run_round(decoder, [], [5, 6, 7], remote=prefiller)
+    task = PrefillTask(
+        tenant="t",
+        session="s",
+        round=0,
+        attempt=1,
+        incarnation=prefiller.incarnation,
+        num_cached_tokens=0,
+        token_ids=message.token_ids,
+        num_forced_tokens=0,
+        sampling=message.sampling,
+        slo=message.slo,
+        waited_s=0.0,
+        deadline_s=30.0,
+        history=None,
+        decode_worker=decoder.id,  # which knows nothing of this round
+        decode_incarnation=decoder.incarnation,
+    )
+    refused = asyncio.Event()
+    ask_peer = prefiller.runtime.context.ask_peer
+
+    async def ask_and_tell(worker_id: str, peer_message: Any) -> Message:
+        try:
+            return await ask_peer(worker_id, peer_message)
+        finally:
+            refused.set()
+
+    prefiller.runtime.context.ask_peer = ask_and_tell
+    await commander.command(prefiller, task)
+    await in_step.wait()
+    await refused.wait()
+    cancelling = asyncio.create_task(
+        commander.command(prefiller, CancelRun(tenant="t", session="s", round=0, attempt=1))
+    )
+    for _ in range(20):  # let the cancel reach the job, which waits for the step
+        await asyncio.sleep(0)
+    go_on.set()
+    assert isinstance(await cancelling, Ack)
+    assert prefiller.runtime.prefill.num_active == 0
+    prefiller.runner.step = step
+    await commander.start(
+        decoder, commander.run_round(decoder, [], [8, 9], round_index=1, remote=prefiller), [8, 9], prefiller
+    )
+    assert unpack_token_ids((await commander.end()).output_token_ids) == reference([8, 9], 8)
