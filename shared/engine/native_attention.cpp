@@ -72,8 +72,8 @@ struct Scratch {
 
 // scores[row][key] for ROWS rows; `count` is rounded up to whole groups of keys by repeating the last one.
 template <int ROWS, typename Key, typename Kv>
-NOINLINE void score_rows(const float* queries, const Key* const* keys, int count, int64_t head_dim, const Kv* const* ahead,
-                float* scores) {
+NOINLINE void score_rows(const float* queries, const Key* const* keys, int count, int64_t head_dim,
+                         const Kv* const* ahead, float* scores) {
   constexpr int64_t CACHE_LINE = 64 / sizeof(Kv);
   for (int key = 0; key < count; key += KEYS) {
     Vec sums[ROWS][KEYS] = {};
@@ -140,7 +140,7 @@ float soften_row(float* scores, int64_t tile_start, int count, int32_t limit, fl
 // output[row][dim] = output * decay[row] + sum over keys of weights[row][key] * values[key][dim]
 template <int ROWS, int VECTORS, typename Value, typename Kv>
 NOINLINE void add_columns(const float* weights, const Value* const* values, int count, const Kv* const* ahead,
-                 const float* decay, float* output, int64_t head_dim, int64_t dim) {
+                          const float* decay, float* output, int64_t head_dim, int64_t dim) {
   Vec sums[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) sums[i][j] = load(output + i * head_dim + dim + j * LANES) * decay[i];

@@ -15,7 +15,7 @@ namespace {
 constexpr int MAX_ROWS = MAX_ACCUMULATORS / PANEL_VECTORS;  // rows of x in one register tile
 constexpr int64_t INPUT_BLOCK = 256;                        // 256 x 16 weights: 16 KB, half of an L1 cache
 constexpr int64_t ROW_BLOCK = 96;                           // 96 x 256 inputs: 96 KB, within an L2 cache
-constexpr int64_t WIDEN_TILES = 3;                          // from here on, bfloat16 is widened once for all tiles
+constexpr int64_t WIDEN_TILES = 3;                          // above this, bfloat16 is widened once for all tiles
 constexpr int64_t WIDE_PANELS = 4;                          // panels side by side when there are few rows
 
 struct Product {
@@ -32,13 +32,14 @@ struct Product {
 // ROWS x (PANELS * 16) outputs over the inputs [first, last): the accumulators stay in registers. On the way it asks
 // for the memory from `ahead` on, `ahead_step` bytes an input.
 template <int ROWS, int PANELS, typename Weight>
-NOINLINE void multiply_tile(const Product& product, const Weight* weights, int64_t panel_stride, int64_t row, int64_t output,
-                   int64_t first, int64_t last, const char* ahead, int64_t ahead_step) {
+NOINLINE void multiply_tile(const Product& product, const Weight* weights, int64_t panel_stride, int64_t row,
+                            int64_t output, int64_t first, int64_t last, const char* ahead, int64_t ahead_step) {
   Vec sums[ROWS][PANELS * PANEL_VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < PANELS * PANEL_VECTORS; ++j) {
       const int64_t column = output + j * LANES;
-      sums[i][j] = first > 0 || product.accumulate ? load(product.out + (row + i) * product.out_stride + column) : Vec{};
+      const bool started = first > 0 || product.accumulate;
+      sums[i][j] = started ? load(product.out + (row + i) * product.out_stride + column) : Vec{};
       if (first == 0 && product.bias) sums[i][j] += load(product.bias + column);
     }
   const float* x = product.x + row * product.x_stride;
@@ -104,8 +105,7 @@ void multiply_few(const Product& product, const Weight* weights, int64_t panel, 
     multiply_tile<ROWS, WIDE>(product, weights + panel * panel_stride, panel_stride, 0, panel * PANEL, 0,
                               product.inputs, nullptr, 0);
   for (; panel < stop; ++panel)
-    multiply_tile<ROWS, 1>(product, weights + panel * panel_stride, 0, 0, panel * PANEL, 0, product.inputs,
-                           nullptr, 0);
+    multiply_tile<ROWS, 1>(product, weights + panel * panel_stride, 0, 0, panel * PANEL, 0, product.inputs, nullptr, 0);
 }
 
 template <typename Weight>
