@@ -25,7 +25,7 @@ from shared.transport.tickets import mint
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 SCRIPT = Path(__file__).with_name("kv_peer_process.py")
-# 64 MiB: more than the sockets between two processes can hold (the kernel lets a TCP socket's buffers grow to 32 MiB and
+# 64 MiB: more than the sockets between two processes hold (the kernel lets a TCP buffer grow to 32 MiB and
 # more), so that a transfer whose receiver stands still cannot have been sent whole
 NUM_BLOCKS = 256
 
