@@ -502,14 +502,7 @@ class KvRenew(Message, frozen=True, kw_only=True, tag="kv_renew"):
     generation: int
 
 
-class KvAbort(Message, frozen=True, kw_only=True, tag="kv_abort"):
-    """The receiver will not pull (any more): the lease may end. Answered by Ack, also when it is unknown."""
-
-    lease_id: int
-    generation: int
-
-
-PeerMessage = KvOffer | PrefillDone | KvRenew | KvAbort
+PeerMessage = KvOffer | PrefillDone | KvRenew
 
 # ------------------------------------------------------------------------------------------ admin
 
@@ -587,7 +580,7 @@ AnyMessage = (
     | RoundTokens | RoundFinished | RoundFailed
     | RunRound | RunRoundAck | NeedTokens | PrefillTask | CancelRun | DropSession | Ack
     | RoundEnded | PrefillEnded | Heartbeat | WorkerLeaving
-    | KvOffer | PrefillDone | KvRenew | KvAbort
+    | KvOffer | PrefillDone | KvRenew
     | GetStatus | ClusterStatus | RoundObserved | GetStats | PlannerStats
 )  # fmt: skip
 

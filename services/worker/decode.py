@@ -74,6 +74,8 @@ class DecodeRole:
             if held.run is not None:
                 newest = (held.run.message.round, held.run.message.attempt)
                 if (message.round, message.attempt) == newest:
+                    if held.run.ended is not None:  # asked about: whoever asks has not heard the end
+                        context.outbox.send(held.run.ended)
                     return self._acknowledge(held.run, "running" if held.run.ended is None else "finished")
                 if (message.round, message.attempt) < newest:
                     raise AmpdError(ErrorCode.STALE_ATTEMPT, f"round {newest[0]} attempt {newest[1]} is newer")
@@ -148,7 +150,7 @@ class DecodeRole:
                 deadline_s=run.message.deadline_s,
             )
         )
-        run.pull_task = self._context.spawn(self._finish_pull(run), f"pull:{message.session}")
+        self._context.spawn(self._finish_pull(run), f"pull:{message.session}")
         return Ack()
 
     async def prefill_done(self, message: PrefillDone) -> Message:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from shared.core.batching import Sequence
@@ -34,7 +33,6 @@ class Run:
     history_lease: Lease | None = None
     offered: bool = False
     pull: Pull | None = None
-    pull_task: asyncio.Task[None] | None = None
     pulled: PullResult | None = None
     pulled_at: float = 0.0
     prefill_done: PrefillDone | None = None

@@ -19,7 +19,6 @@ from shared.messages import (
     CancelRun,
     DropSession,
     Heartbeat,
-    KvAbort,
     KvOffer,
     KvRenew,
     Message,
@@ -162,9 +161,6 @@ class WorkerRuntime:
                 return await self.decode.prefill_done(message)
             case KvRenew():
                 self.context.leases.renew(message.lease_id, message.generation)
-                return Ack()
-            case KvAbort():
-                self.context.leases.release(message.lease_id, message.generation)
                 return Ack()
             case _:
                 raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no message between workers")

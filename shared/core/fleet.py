@@ -159,9 +159,6 @@ class Fleet:
             and w.heartbeat.layout_hash == decode.heartbeat.layout_hash
         ]
 
-    def has_alive_decode(self) -> bool:
-        return any(w.alive and w.heartbeat.role != "prefill" for w in self.workers.values())
-
     def _bury(self, worker: WorkerState) -> None:
         worker.alive = False
         del self.workers[worker.worker_id]

@@ -58,7 +58,6 @@ class EngineLoop:
         self._step_ended = asyncio.Event()
         self._work = asyncio.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
-        self.num_steps = 0
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
 
@@ -143,7 +142,6 @@ class EngineLoop:
         )
 
     def _take(self, planned: Sequence[PlannedItem], tokens: Sequence[int | None], seconds: float) -> None:
-        self.num_steps += 1
         self._observe(planned, seconds)
         for item, token in zip(planned, tokens, strict=True):
             kv = item.sequence.kv

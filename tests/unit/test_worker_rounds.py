@@ -317,10 +317,13 @@ async def test_repeated_and_stale_commands_run_nothing_twice(cluster: Any, refer
     with pytest.raises(AmpdError) as caught:
         await commander.command(decoder, commander.run_round(decoder, [], new, attempt=1))
     assert caught.value.code is ErrorCode.STALE_ATTEMPT
-    assert unpack_token_ids((await commander.end()).output_token_ids) == reference(new, 8)
+    ended = await commander.end()
+    assert unpack_token_ids(ended.output_token_ids) == reference(new, 8)
+    assert commander.ended.empty()
     finished = await commander.command(decoder, message)
     assert isinstance(finished, RunRoundAck)
     assert (finished.state, unpack_token_ids(finished.output_token_ids)) == ("finished", reference(new, 8))
+    assert await commander.end() == ended, "asked again, the worker tells the end again"
     assert commander.ended.empty()
 
 
