@@ -292,6 +292,14 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     ticket: bytes = b""
 
 
+class ResidentKv(msgspec.Struct, frozen=True, kw_only=True):
+    """KV of token positions [0, num_tokens) that a prefill worker is believed to have kept. `checksum` is zlib.crc32 of
+    those packed tokens: a worker that holds another prefix, or none, computes or pulls instead."""
+
+    num_tokens: int
+    checksum: int
+
+
 class RunRound(Message, frozen=True, kw_only=True, tag="run_round"):
     """To the session's decode worker: run this attempt of a round. Answered by RunRoundAck, NeedTokens or ErrorReply.
 
@@ -319,6 +327,8 @@ class RunRound(Message, frozen=True, kw_only=True, tag="run_round"):
     deadline_s: float
     stream_encoding: Encoding
     remote: RemotePrefill | None  # None: prefill locally
+    waited_s: float = 0.0  # since the round was accepted
+    session_age_s: float = 0.0  # since the session was opened: program-level FCFS orders by it
 
 
 class RunRoundAck(Message, frozen=True, kw_only=True, tag="run_round_ack"):
@@ -337,8 +347,14 @@ class NeedTokens(Message, frozen=True, kw_only=True, tag="need_tokens"):
 
 
 class PrefillTask(Message, frozen=True, kw_only=True, tag="prefill_task"):
-    """To a prefill worker: compute KV of positions [num_cached_tokens, num_cached_tokens + len(token_ids)) and the
-    first output token. Metadata only: the history's KV is pulled from `history` when the task is about to run."""
+    """To a prefill worker: make KV of positions [num_cached_tokens, num_cached_tokens + len(token_ids)) available to the
+    decode worker, and compute the first output token. Metadata only: the history's KV that the worker lacks is pulled
+    from `history` when the task is about to run.
+
+    With `resident` of R tokens that it still holds, the worker pulls only [R, num_cached_tokens) and computes only from
+    max(R, num_cached_tokens) on. `prefix_checksum` is zlib.crc32 of the packed tokens before num_cached_tokens.
+    `keep`: hold on to the KV of the whole prompt afterwards, as long as there is room.
+    """
 
     tenant: str
     session: str
@@ -355,6 +371,10 @@ class PrefillTask(Message, frozen=True, kw_only=True, tag="prefill_task"):
     history: KvSource | None
     decode_worker: str
     decode_incarnation: int
+    prefix_checksum: int = 0
+    resident: ResidentKv | None = None
+    keep: bool = False
+    session_age_s: float = 0.0
 
 
 class CancelRun(Message, frozen=True, kw_only=True, tag="cancel_run"):
@@ -373,11 +393,43 @@ class DropSession(Message, frozen=True, kw_only=True, tag="drop_session"):
     session: str
 
 
+class GrantHistory(Message, frozen=True, kw_only=True, tag="grant_history"):
+    """To a session's decode worker while its tool runs: let another worker read the session's KV ahead of the next
+    round. Answered by HistoryGranted, or an ErrorReply (a round runs, nothing is held)."""
+
+    tenant: str
+    session: str
+    incarnation: int
+    num_tokens: int  # of the conversation's finished rounds
+
+
+class HistoryGranted(Message, frozen=True, kw_only=True, tag="history_granted"):
+    """KV of token positions [0, num_tokens) can be pulled from `history`."""
+
+    num_tokens: int
+    history: KvSource
+
+
+class StageKv(Message, frozen=True, kw_only=True, tag="stage_kv"):
+    """To a prefill worker that holds a part of a session's KV: pull [resident.num_tokens, num_tokens) and keep it.
+    Acknowledged at once; KvStaged tells the outcome. A prefill of the session, or want of room, goes before it."""
+
+    tenant: str
+    session: str
+    incarnation: int
+    resident: ResidentKv | None
+    num_tokens: int
+    checksum: int  # zlib.crc32 of the packed tokens [0, num_tokens)
+    history: KvSource
+    decode_worker: str
+    decode_incarnation: int
+
+
 class Ack(Message, frozen=True, kw_only=True, tag="ack"):
     pass
 
 
-WorkerCommand = RunRound | PrefillTask | CancelRun | DropSession
+WorkerCommand = RunRound | PrefillTask | CancelRun | DropSession | GrantHistory | StageKv
 
 # -------------------------------------------------------------------------- worker -> coordinator
 
@@ -416,6 +468,25 @@ class PrefillEnded(Message, frozen=True, kw_only=True, tag="prefill_ended"):
     transfer_s: float
     prefill_s: float
     kv_bytes_read: int
+    num_resident_tokens: int = 0  # of the session's KV that the worker holds from now on
+    num_reused_tokens: int = 0  # of resident KV that this prefill did not have to pull or compute
+
+
+class KvStaged(Message, frozen=True, kw_only=True, tag="kv_staged"):
+    """From a prefill worker, repeated until acknowledged: how much of a session's KV it holds after a StageKv."""
+
+    tenant: str
+    session: str
+    worker_id: str
+    incarnation: int
+    num_resident_tokens: int
+    kv_bytes_read: int
+    error: ErrorReply | None = None
+
+
+class SessionRef(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: str
+    session: str
 
 
 class QueuedPrefill(msgspec.Struct, frozen=True, kw_only=True):
@@ -455,6 +526,12 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     decode_step_s: float
     kv_bytes_per_s: float
     draining: bool
+    parallel_degree: int = 1
+    profile: str = ""  # name of the timing profile that the worker runs or was measured with; empty: none
+    node: str = ""  # workers of one node exchange KV over its fast links
+    num_resident_tokens: int = 0  # KV kept for sessions bound elsewhere
+    evicted: tuple[SessionRef, ...] = ()  # sessions whose resident KV went since the heartbeat before
+    num_host_tokens: int = 0  # KV in host memory
 
 
 class WorkerLeaving(Message, frozen=True, kw_only=True, tag="worker_leaving"):
@@ -464,7 +541,7 @@ class WorkerLeaving(Message, frozen=True, kw_only=True, tag="worker_leaving"):
     incarnation: int
 
 
-CoordinatorEvent = RoundEnded | PrefillEnded | WorkerLeaving
+CoordinatorEvent = RoundEnded | PrefillEnded | KvStaged | WorkerLeaving
 
 # ------------------------------------------------------------------------------- worker -> worker
 
@@ -537,6 +614,50 @@ class ClusterStatus(Message, frozen=True, kw_only=True, tag="cluster_status"):
     counters: dict[str, int]
 
 
+class ExplainSession(Message, frozen=True, kw_only=True, tag="explain_session"):
+    """Why each of a session's newest rounds was prefilled where it was. For operators, on the admin subject."""
+
+    tenant: str
+    session: str
+
+
+class OptionExplained(msgspec.Struct, frozen=True, kw_only=True):
+    """One option of a routing decision as it was predicted, in seconds (see shared/core/routing.py)."""
+
+    placement: Literal["local", "remote"]
+    worker_id: str
+    num_new_tokens: int
+    num_moved_tokens: int
+    windowed_s: float
+    queue_s: float
+    transfer_s: float
+    prefill_s: float
+    on_time: float
+    disturbed: float
+
+
+class RoundExplained(msgspec.Struct, frozen=True, kw_only=True):
+    """A routing decision, predicted against measured (None: not known, or not ended)."""
+
+    round: int
+    attempt: int
+    placement: Literal["local", "remote"]
+    worker_id: str
+    reason: str
+    options: tuple[OptionExplained, ...]
+    chosen_index: int
+    slo: Slo
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    usage: Usage | None = None
+
+
+class SessionExplained(Message, frozen=True, kw_only=True, tag="session_explained"):
+    session: str
+    policy: str
+    rounds: tuple[RoundExplained, ...]  # the newest 64
+
+
 class RoundObserved(Message, frozen=True, kw_only=True, tag="round_observed"):
     """Coordinator -> planner, one per ended round. delay_s: idle time before it, None for the first round."""
 
@@ -579,9 +700,10 @@ AnyMessage = (
     | SessionOpened | RoundAccepted | RoundCancelled | SessionClosed | SessionInfo | RoundSnapshot | ErrorReply
     | RoundTokens | RoundFinished | RoundFailed
     | RunRound | RunRoundAck | NeedTokens | PrefillTask | CancelRun | DropSession | Ack
-    | RoundEnded | PrefillEnded | Heartbeat | WorkerLeaving
+    | GrantHistory | HistoryGranted | StageKv
+    | RoundEnded | PrefillEnded | KvStaged | Heartbeat | WorkerLeaving
     | KvOffer | PrefillDone | KvRenew
-    | GetStatus | ClusterStatus | RoundObserved | GetStats | PlannerStats
+    | GetStatus | ClusterStatus | ExplainSession | SessionExplained | RoundObserved | GetStats | PlannerStats
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------ codec

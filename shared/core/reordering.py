@@ -1,86 +1,156 @@
-"""Which waiting prefill runs next on a prefill worker (AMPD, arXiv 2602.14516, "prefill reordering").
+"""In which order waiting prefills run on a worker.
 
-The paper looks at the first w tasks of the queue, tries every order and takes the one with the most tasks that
-meet their TTFT objective; a counter per task bounds how often it may be passed over.
+    fcfs           first come, first served
+    program_fcfs   by the arrival of the session, not of the round (Continuum, arXiv 2511.02230: program-level FCFS)
+    window         the paper's (AMPD, arXiv 2602.14516): every order of the first w tasks is tried
+    moore_hodgson  the most tasks on time over the whole queue (Moore 1968, "An n job, one machine sequencing
+                   algorithm for minimizing the number of late jobs"), with ageing, so that none starves
+
+Each is a pure function of the queue: `order_prefills` returns indices, the first of which runs next.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Literal
 
 from shared.core.types import RoundKey
 
-PredictPrefill = Callable[[int, int], float]
-"""(num_history_tokens, num_new_tokens) -> seconds of prefill."""
-
+OrderName = Literal["fcfs", "program_fcfs", "window", "moore_hodgson"]
 MAX_WINDOW = 8  # 8! = 40,320 orders: more would stall the worker that asks
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WaitingPrefill:
-    """One task of a prefill queue. `ttft_deadline` is on the same monotonic clock as `now`."""
+    """One prefill that waits. `ttft_deadline` and `arrival` are on the same monotonic clock as `now`.
+
+    `work_s` is the predicted time that the worker spends on it, computed once when it arrives.
+    """
 
     key: RoundKey
+    arrival: float
+    session_arrival: float
     ttft_deadline: float
-    num_history_tokens: int
-    num_new_tokens: int
+    work_s: float
     num_postponements: int = 0
 
 
-def choose_next_prefill(
-    queue: Sequence[WaitingPrefill],
-    now: float,
-    predict_prefill_s: PredictPrefill,
-    *,
-    window: int = 3,
-    max_postponements: int = 8,
-) -> int:
-    """Index in `queue` (in order of arrival) of the task to run next.
+@dataclass(frozen=True, slots=True)
+class OrderParameters:
+    """`window` and `max_postponements` as in the paper; `ageing_s`: who has waited longer is served in turn."""
 
-    Among the orders of the first `window` tasks, one with the most tasks finished by their deadline; of equals
-    the one nearest to first come, first served. A task that has been passed over `max_postponements` times goes
-    first. The caller tells what it did with `count_postponements`; then the task at index i is chosen after at
-    most i + max_postponements others. Raises ValueError for an empty queue or a window outside [1, 8].
+    order: OrderName = "window"
+    window: int = 3
+    max_postponements: int = 8
+    ageing_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= MAX_WINDOW:
+            raise ValueError(f"window must be in [1, {MAX_WINDOW}], got {self.window}")
+
+
+def order_prefills(
+    queue: Sequence[WaitingPrefill], now: float, parameters: OrderParameters, *, aged_turn: bool = True
+) -> list[int]:
+    """Indices of `queue` (in order of arrival) in the order in which they should run.
+
+    `aged_turn`: whether a task older than `ageing_s` may go first (see PrefillOrder). Equal tasks keep their order.
     """
-    if not queue:
-        raise ValueError("choose_next_prefill needs a queue that is not empty")
-    if not 1 <= window <= MAX_WINDOW:
-        raise ValueError(f"window must be in [1, {MAX_WINDOW}], got {window}")
+    match parameters.order:
+        case "fcfs":
+            return list(range(len(queue)))
+        case "program_fcfs":
+            return sorted(range(len(queue)), key=lambda index: (queue[index].session_arrival, index))
+        case "window":
+            return order_window(queue, now, parameters.window, parameters.max_postponements)
+        case "moore_hodgson":
+            order = order_moore_hodgson(queue, now)
+            return lift_aged(order, queue, now, parameters.ageing_s) if aged_turn else order
+
+
+def order_window(queue: Sequence[WaitingPrefill], now: float, window: int, max_postponements: int) -> list[int]:
+    """The paper's reordering: of all orders of the first `window` tasks one with the most tasks finished by their
+    deadline; of equals the one nearest to FCFS. A task passed over `max_postponements` times goes first: it is
+    chosen after at most its index + max_postponements others."""
+    rest = list(range(len(queue)))
     for index, task in enumerate(queue):
         if task.num_postponements >= max_postponements:
-            return index
-    candidates = queue[:window]
-    slacks = [task.ttft_deadline - now for task in candidates]
-    durations = [predict_prefill_s(task.num_history_tokens, task.num_new_tokens) for task in candidates]
-    best_order: tuple[int, ...] = (0,)
+            rest.remove(index)
+            return [index, *rest]
+    candidates = range(min(window, len(queue)))
+    slacks = [queue[index].ttft_deadline - now for index in candidates]
+    best: tuple[int, ...] = tuple(candidates)
     most_on_time = -1
-    for order in permutations(range(len(candidates))):  # lexicographic: FCFS comes first and wins ties
+    for order in permutations(candidates):  # lexicographic: FCFS comes first and wins ties
         finish_s = 0.0
         num_on_time = 0
         for index in order:
-            finish_s += durations[index]
+            finish_s += queue[index].work_s
             num_on_time += finish_s <= slacks[index]
         if num_on_time > most_on_time:
-            best_order, most_on_time = order, num_on_time
+            best, most_on_time = order, num_on_time
             if num_on_time == len(candidates):
                 break
-    return best_order[0]
+    return [*best, *rest[len(candidates) :]]
 
 
-def choose_first_come(
-    queue: Sequence[WaitingPrefill],
-    now: float,
-    predict_prefill_s: PredictPrefill,
-) -> int:
-    """First come, first served: the order without reordering, for the ablation."""
-    if not queue:
-        raise ValueError("choose_first_come needs a queue that is not empty")
-    return 0
+def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float) -> list[int]:
+    """The order with the most tasks finished by their deadline, O(n log n): tasks are taken by deadline; whenever one
+    would finish late, the longest taken so far is put off. On-time tasks run by deadline, then the others, shortest
+    first: who is late anyway should keep as few as possible waiting."""
+    by_deadline = sorted(range(len(queue)), key=lambda index: queue[index].ttft_deadline)
+    longest: list[tuple[float, int]] = []
+    finish = now
+    late: set[int] = set()
+    push, pop = heapq.heappush, heapq.heappop
+    for index in by_deadline:
+        task = queue[index]
+        work_s = task.work_s
+        push(longest, (-work_s, index))
+        finish += work_s
+        if finish > task.ttft_deadline:
+            negative_s, dropped = pop(longest)
+            finish += negative_s
+            late.add(dropped)
+    if not late:
+        return by_deadline
+    put_off = sorted(late, key=lambda index: (queue[index].work_s, index))
+    return [index for index in by_deadline if index not in late] + put_off
 
 
-def count_postponements(queue: Sequence[WaitingPrefill], chosen: int) -> None:
-    """Every task before the chosen one has been passed over once more."""
-    for task in queue[:chosen]:
-        task.num_postponements += 1
+def lift_aged(order: list[int], queue: Sequence[WaitingPrefill], now: float, ageing_s: float) -> list[int]:
+    """The task that has waited longest goes first if it has waited more than `ageing_s`."""
+    oldest = min(range(len(queue)), key=lambda index: queue[index].arrival, default=None)
+    if oldest is None or now - queue[oldest].arrival <= ageing_s or order[0] == oldest:
+        return order
+    return [oldest, *(index for index in order if index != oldest)]
+
+
+class PrefillOrder:
+    """The order of one worker's queue over time: counts who was passed over, and takes turns with the aged.
+
+    Of any two successive choices at least one goes to the oldest task if it has aged, so a task that has waited
+    `ageing_s` with k older ones before it starts after at most 2 (k + 1) further choices.
+    """
+
+    def __init__(self, parameters: OrderParameters) -> None:
+        self.parameters = parameters
+        self._aged_turn = True
+
+    def order(self, queue: Sequence[WaitingPrefill], now: float) -> list[int]:
+        if len(queue) < 2:
+            return list(range(len(queue)))
+        return order_prefills(queue, now, self.parameters, aged_turn=self._aged_turn)
+
+    def note_started(self, queue: Sequence[WaitingPrefill], index: int, now: float) -> None:
+        """The task at `index` of `queue` starts now: those before it have been passed over."""
+        for task in queue[:index]:
+            task.num_postponements += 1
+        self._aged_turn = not (self._aged_turn and now - queue[index].arrival > self.parameters.ageing_s)
+
+
+PredictPrefill = Callable[[int, int], float]
+"""(num_history_tokens, num_new_tokens) -> seconds of prefill."""

@@ -1,176 +1,298 @@
-"""Where a prefill runs: policies as pure functions of one view, chosen by name.
+"""Where a prefill runs: policies as pure functions of one view.
 
 `ampd` is the three-step rule of AMPD (arXiv 2602.14516); where the paper leaves something open, the docstring says
-what we chose. The coordinator and the simulator build the same `RoutingView` and call the same functions.
+what we chose. `adaptive` is in marginal.py. The coordinator and the simulator build the same `RoutingView` and call
+the same functions; policies.py names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.core.cost_model import CostModel
-from shared.messages import Slo, WindowStats
+import msgspec
+
+from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.load import WorkerLoad, transfer_s
+from shared.messages import Slo
+
+Placement = Literal["local", "remote"]
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
-    """One worker as routing sees it. Numbers of tokens are tokens still to be prefilled there."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingParameters:
+    """alpha, beta: shares of the TTFT and ITL objectives up to which a worker counts as having slack (ampd).
 
-    worker_id: str
-    incarnation: int
-    ttft: WindowStats  # of its newest heartbeat
-    itl: WindowStats
-    queue_num_tokens: int  # of its newest heartbeat
-    routed_num_tokens: int  # routed there by this coordinator since that heartbeat
-    num_outstanding: int = 0  # prefills routed there by this coordinator and not ended
+    live_terms: ampd reads predictions that count what is already routed, instead of the lagging windows.
+    local_tokens, local_ratio: `threshold` prefills locally below both (Dynamo 1.6.1: 2,048 tokens and 0.7).
+    reads_history: a prefill worker pulls the history's KV that it lacks; else it computes the tokens again.
+    """
 
-    @property
-    def live_num_tokens(self) -> int:
-        return self.queue_num_tokens + self.routed_num_tokens
+    alpha: float = 0.8
+    beta: float = 0.8
+    live_terms: bool = False
+    local_tokens: int = 2_048
+    local_ratio: float = 0.7
+    reads_history: bool = True
+    chunk: ChunkParameters = field(default_factory=ChunkParameters)
+    by_deadline: bool = False  # queues are served on-time rounds first (moore_hodgson), else first come first served
+    uncertainty: float = 0.15  # adaptive: standard deviation of a prediction, relative
+    remote_share_cost: float = 0.05  # adaptive: what a remote placement must be better by, in rounds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class RoutingView:
     """Everything a policy may look at for one prefill.
 
-    `num_cached_tokens` of the conversation have KV on the decode worker; `num_new_tokens` must be computed.
+    `num_cached_tokens` of the conversation have KV on the decode worker, `num_restorable_tokens` (>= cached) with its
+    host memory; `num_total_tokens` is the conversation with this round's input; `resident` says what prefill workers
+    have kept of it.
     """
 
+    now: float
     num_cached_tokens: int
-    num_new_tokens: int
+    num_total_tokens: int
     first_round: bool
     slo: Slo
     decode: WorkerLoad
     prefill_workers: Sequence[WorkerLoad]  # alive, able to exchange KV with `decode`, not `decode` itself
-    cost_model: CostModel
+    num_restorable_tokens: int = 0
+    resident: Mapping[str, int] = field(default_factory=dict)
+    waited_s: float = 0.0  # since the client's round arrived
+
+    @property
+    def num_new_tokens(self) -> int:
+        """To be computed when the prefill runs locally."""
+        return self.num_total_tokens - max(self.num_cached_tokens, self.num_restorable_tokens)
+
+    @property
+    def deadline(self) -> float:
+        return self.now - self.waited_s + self.slo.ttft_s
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingParameters:
-    """alpha and beta: the shares of the TTFT and ITL objectives up to which a worker counts as having slack."""
+class OptionEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a policy expected of one option, in seconds: the explanation of a decision."""
 
-    alpha: float = 0.8
-    beta: float = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class OptionEstimate:
-    """What a policy expected of one option, in seconds. `windowed_s` is its TTFT (remote) or ITL (local)."""
-
-    placement: Literal["local", "remote"]
+    placement: Placement
     worker_id: str
-    windowed_s: float
+    num_new_tokens: int  # computed there
+    num_moved_tokens: int  # KV over the network: history there, increment back
+    windowed_s: float  # its windowed TTFT (remote) or ITL (local), as ampd reads it
     queue_s: float
-    transfer_s: float
+    transfer_s: float  # not hidden behind the queue
     prefill_s: float
+    work_s: float  # what it costs the worker
+    on_time: float = 1.0  # probability that the round's TTFT is met
+    disturbed: float = 0.0  # expected number of other rounds that it makes miss theirs
 
     @property
     def total_s(self) -> float:
         return self.queue_s + self.transfer_s + self.prefill_s
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingDecision:
-    placement: Literal["local", "remote"]
+class RoutingDecision(msgspec.Struct, frozen=True, kw_only=True):
+    placement: Placement
     worker_id: str  # where the prefill runs
     incarnation: int
     reason: str
-    options: tuple[OptionEstimate, ...]  # the numbers of the options that were compared
+    chosen: OptionEstimate
+    options: tuple[OptionEstimate, ...]  # every option that was compared, the chosen one among them
 
 
 Policy = Callable[[RoutingView, RoutingParameters], RoutingDecision]
 
 
+# ------------------------------------------------------------------------------------- estimates
+
+
+def estimate_local(view: RoutingView, parameters: RoutingParameters) -> OptionEstimate:
+    """Queue and prefill on the decode worker, in chunks beside its decodes."""
+    load = view.decode
+    history = view.num_total_tokens - view.num_new_tokens
+    restore_s = 0.0
+    if view.num_restorable_tokens > view.num_cached_tokens:
+        num_bytes = (view.num_restorable_tokens - view.num_cached_tokens) * load.costs.kv_bytes_per_token
+        restore_s = num_bytes / load.costs.host_bytes_per_s
+    prefill_s, inflation = predict_mixed_prefill(load, parameters, history, view.num_new_tokens, view.slo.itl_s)
+    wait_s = _wait_s(load, view, parameters) * inflation
+    return OptionEstimate(
+        placement="local",
+        worker_id=load.worker_id,
+        num_new_tokens=view.num_new_tokens,
+        num_moved_tokens=0,
+        windowed_s=load.itl.mean,
+        queue_s=wait_s,
+        transfer_s=max(0.0, restore_s - wait_s),
+        prefill_s=prefill_s,
+        work_s=load.work_s(history, view.num_new_tokens),
+    )
+
+
+def estimate_remote(view: RoutingView, load: WorkerLoad, parameters: RoutingParameters) -> OptionEstimate:
+    """Queue, missing KV there and new KV back, and prefill on another worker.
+
+    The history is pulled while the task waits; the increment goes back layer by layer while it is computed.
+    """
+    decode, total = view.decode, view.num_total_tokens
+    kept = min(view.resident.get(load.worker_id, 0), total - 1)
+    readable = view.num_cached_tokens if parameters.reads_history else 0
+    history = min(max(kept, readable), total - 1)
+    num_new = total - history
+    pull_s = transfer_s(decode, load, history - kept)
+    num_back = total - view.num_cached_tokens
+    back_s = transfer_s(load, decode, num_back)
+    prefill_s, inflation = predict_mixed_prefill(load, parameters, history, num_new, view.slo.itl_s)
+    wait_s = _wait_s(load, view, parameters) * inflation
+    return OptionEstimate(
+        placement="remote",
+        worker_id=load.worker_id,
+        num_new_tokens=num_new,
+        num_moved_tokens=history - kept + num_back,
+        windowed_s=load.ttft.mean,
+        queue_s=wait_s,
+        transfer_s=max(0.0, pull_s - wait_s) + max(load.costs.latency_s, back_s - prefill_s),
+        prefill_s=prefill_s,
+        work_s=load.work_s(history, num_new),
+    )
+
+
+def predict_mixed_prefill(
+    load: WorkerLoad, parameters: RoutingParameters, num_history: int, num_new: int, itl_slo_s: float
+) -> tuple[float, float]:
+    """(seconds until `num_new` tokens are computed beside the worker's decodes, that over computing them alone)."""
+    alone_s = load.prefill_s(num_history, num_new)
+    batch = len(load.decoding)
+    if batch == 0 or num_new <= 0:
+        return alone_s, 1.0
+    context = load.mean_context
+    budget = budget_prefill_tokens(
+        parameters.chunk, load.costs, batch=batch, mean_context=context, itl_slo_s=itl_slo_s, num_history=num_history
+    )
+    num_steps = -(-num_new // budget)
+    chunk = num_new / num_steps
+    mixed_s = num_steps * load.costs.step_s(batch, context, ((num_history + num_new // 2, int(chunk)),))
+    mixed_s *= load.prefill_correction
+    return mixed_s, max(1.0, mixed_s / alone_s) if alone_s > 0 else 1.0
+
+
+def _wait_s(load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:
+    if parameters.by_deadline:
+        return load.wait_before_s(view.deadline, view.now)[0]
+    return load.wait_s(view.now)
+
+
+# -------------------------------------------------------------------------------------- policies
+
+
+def route_colocated(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
+    """Every prefill where the session decodes."""
+    return decide(view.decode, estimate_local(view, parameters), "colocated")
+
+
 def route_remote(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
-    """Every prefill on the least loaded prefill worker; locally only if there is none."""
+    """Every prefill on a prefill worker, the one with the least to wait and compute given what it has kept (KV overlap
+    and load, as Dynamo's router weighs them); locally only if there is none."""
     if not view.prefill_workers:
-        return _decide_local(view, "no prefill worker")
-    return _decide_remote(view, min(view.prefill_workers, key=_by_load), "least loaded")
+        return _decide_no_worker(view, parameters)
+    return _decide_remote(view, parameters, _best_remote(view, parameters), "least cost of overlap and load")
 
 
 def route_local(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
     """The first round remote, later rounds on the decode worker."""
     if not view.prefill_workers:
-        return _decide_local(view, "no prefill worker")
+        return _decide_no_worker(view, parameters)
     if not view.first_round:
-        return _decide_local(view, "later round")
-    return _decide_remote(view, min(view.prefill_workers, key=_by_load), "first round")
+        return decide(view.decode, estimate_local(view, parameters), "later round")
+    return _decide_remote(view, parameters, _best_remote(view, parameters), "first round")
+
+
+def route_threshold(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
+    """Static rules: local when the tokens to compute are few and a small share of the conversation (Dynamo's
+    conditional disaggregation, llm-d's decider)."""
+    if not view.prefill_workers:
+        return _decide_no_worker(view, parameters)
+    num_new = view.num_new_tokens
+    if num_new < parameters.local_tokens and num_new < parameters.local_ratio * view.num_total_tokens:
+        return decide(view.decode, estimate_local(view, parameters), "few new tokens")
+    return _decide_remote(view, parameters, _best_remote(view, parameters), "many new tokens")
 
 
 def route_ampd(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
     """The paper's rule. 1. Prefill workers whose windowed TTFT is below alpha * TTFT objective have slack: remote, to
-    one of them (which one is left open: we take the shortest queue, then the lowest TTFT). 2. Else, if the decode
-    worker's windowed ITL is below beta * ITL objective: local. 3. Else the lower predicted completion of queue wait +
-    KV transfer + prefill (remote, the best of all workers) and queue wait + prefill (local); equal: local.
+    one of them (which one is left open: we take the least work routed there, then the lowest TTFT). 2. Else, if the
+    decode worker's windowed ITL is below beta * ITL objective: local. 3. Else the lower predicted completion of queue
+    wait + KV transfer + prefill (remote, the best of all workers) and queue wait + prefill (local); equal: local.
 
-    A window without samples counts as 0: nobody has waited there.
+    A window without samples counts as 0: nobody has waited there. With `live_terms` the TTFT is what is predicted for
+    this round there, and the ITL the predicted step with one more sequence.
     """
     if not view.prefill_workers:
-        return _decide_local(view, "no prefill worker")
-    limit_s = parameters.alpha * view.slo.ttft_s
-    with_slack = [load for load in view.prefill_workers if load.ttft.mean < limit_s]
-    if with_slack:
-        return _decide_remote(view, min(with_slack, key=_by_load), "1: windowed TTFT has slack")
-    if view.decode.itl.mean < parameters.beta * view.slo.itl_s:
-        return _decide_local(view, "2: windowed ITL has slack")
-    local = estimate_local(view)
-    remotes = [estimate_remote(view, load) for load in view.prefill_workers]
+        return _decide_no_worker(view, parameters)
+    slo = view.slo
+    limit_s = parameters.alpha * slo.ttft_s
+    if parameters.live_terms:
+        best = _best_remote(view, parameters)
+        estimate = estimate_remote(view, best, parameters)
+        if estimate.total_s + view.waited_s < limit_s:
+            return decide(best, estimate, "1: predicted TTFT has slack")
+        itl_s = view.decode.decode_step_s(1)
+    else:
+        with_slack = [load for load in view.prefill_workers if load.ttft.mean < limit_s]
+        if with_slack:
+            best = min(with_slack, key=lambda load: (load.backlog_s, load.ttft.mean, load.worker_id))
+            return _decide_remote(view, parameters, best, "1: windowed TTFT has slack")
+        itl_s = view.decode.itl.mean
+    local = estimate_local(view, parameters)
+    if itl_s < parameters.beta * slo.itl_s:
+        return decide(view.decode, local, "2: ITL has slack")
+    remotes = [estimate_remote(view, load, parameters) for load in view.prefill_workers]
+    index = min(range(len(remotes)), key=lambda one: remotes[one].total_s)
     options = (local, *remotes)
-    best = min(range(len(remotes)), key=lambda index: remotes[index].total_s)
-    if local.total_s <= remotes[best].total_s:
-        return _decide_local(view, "3: predicted to complete first", options)
-    return _decide_remote(view, view.prefill_workers[best], "3: predicted to complete first", options)
+    if local.total_s <= remotes[index].total_s:
+        return decide(view.decode, local, "3: predicted to complete first", options)
+    return decide(view.prefill_workers[index], remotes[index], "3: predicted to complete first", options)
 
 
-POLICIES: dict[str, Policy] = {"remote": route_remote, "local": route_local, "ampd": route_ampd}
+# ------------------------------------------------------------------------------------- decisions
 
 
-def estimate_local(view: RoutingView) -> OptionEstimate:
-    """Queue wait and prefill on the decode worker, from the cost model."""
-    load, model = view.decode, view.cost_model
-    return OptionEstimate(
-        placement="local",
-        worker_id=load.worker_id,
-        windowed_s=load.itl.mean,
-        queue_s=model.predict_queue_s(load.worker_id, load.live_num_tokens),
-        transfer_s=0.0,
-        prefill_s=model.predict_prefill_s(load.worker_id, view.num_cached_tokens, view.num_new_tokens),
-    )
-
-
-def estimate_remote(view: RoutingView, load: WorkerLoad) -> OptionEstimate:
-    """Queue wait, KV there and back, and prefill on a prefill worker, from the cost model."""
-    model, decode_id = view.cost_model, view.decode.worker_id
-    return OptionEstimate(
-        placement="remote",
-        worker_id=load.worker_id,
-        windowed_s=load.ttft.mean,
-        queue_s=model.predict_queue_s(load.worker_id, load.live_num_tokens),
-        transfer_s=model.predict_transfer_s(decode_id, load.worker_id, view.num_cached_tokens)
-        + model.predict_transfer_s(load.worker_id, decode_id, view.num_new_tokens),
-        prefill_s=model.predict_prefill_s(load.worker_id, view.num_cached_tokens, view.num_new_tokens),
-    )
-
-
-def _by_load(load: WorkerLoad) -> tuple[int, int, float, str]:
-    return load.live_num_tokens, load.num_outstanding, load.ttft.mean, load.worker_id
-
-
-def _decide_local(view: RoutingView, reason: str, options: tuple[OptionEstimate, ...] = ()) -> RoutingDecision:
+def decide(
+    worker: WorkerLoad, chosen: OptionEstimate, reason: str, options: tuple[OptionEstimate, ...] = ()
+) -> RoutingDecision:
     return RoutingDecision(
-        "local", view.decode.worker_id, view.decode.incarnation, reason, options or (estimate_local(view),)
+        placement=chosen.placement,
+        worker_id=worker.worker_id,
+        incarnation=worker.incarnation,
+        reason=reason,
+        chosen=chosen,
+        options=options or (chosen,),
     )
+
+
+def _decide_no_worker(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
+    return decide(view.decode, estimate_local(view, parameters), "no prefill worker")
 
 
 def _decide_remote(
-    view: RoutingView, load: WorkerLoad, reason: str, options: tuple[OptionEstimate, ...] = ()
+    view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, reason: str
 ) -> RoutingDecision:
-    return RoutingDecision(
-        "remote",
-        load.worker_id,
-        load.incarnation,
-        reason,
-        options or (estimate_local(view), estimate_remote(view, load)),
-    )
+    return decide(load, estimate_remote(view, load, parameters), reason)
+
+
+def _best_remote(view: RoutingView, parameters: RoutingParameters) -> WorkerLoad:
+    """The prefill worker with the least work to wait for and to do, what it has kept of the session counted."""
+    total, readable = view.num_total_tokens, view.num_cached_tokens if parameters.reads_history else 0
+    costs_by_history: dict[int, float] = {}
+    best: WorkerLoad | None = None
+    least_s = float("inf")
+    for load in view.prefill_workers:
+        history = min(max(view.resident.get(load.worker_id, 0), readable), total - 1)
+        work_s = costs_by_history.get(history)
+        if work_s is None:
+            work_s = costs_by_history[history] = load.work_s(history, total - history)
+        cost_s = load.backlog_s + work_s
+        if cost_s < least_s or (cost_s == least_s and best is not None and load.worker_id < best.worker_id):
+            best, least_s = load, cost_s
+    assert best is not None
+    return best

@@ -1,0 +1,26 @@
+"""Which decode worker a session is bound to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from shared.core.load import WorkerLoad
+
+BindingName = Literal["free_kv", "least_loaded"]
+
+
+def choose_binding(candidates: Iterable[WorkerLoad], binding: BindingName, now: float) -> WorkerLoad | None:
+    """free_kv: the most free KV memory, what is promised there counted as used (the paper's). least_loaded: the least
+    of KV promised, prefill work waiting and sequences decoding together. Equal: the lower id."""
+    if binding == "free_kv":
+        return min(
+            candidates, key=lambda load: (load.num_promised_tokens - load.num_kv_tokens, load.worker_id), default=None
+        )
+    return min(candidates, key=lambda load: (measure_load(load, now), load.worker_id), default=None)
+
+
+def measure_load(load: WorkerLoad, now: float) -> float:
+    """KV promised in pools, plus seconds of prefill waiting, plus the step that one more sequence would get, in 50 ms:
+    each is about 1 on a worker that is full in that respect."""
+    return load.kv_share + load.wait_s(now) + load.decode_step_s(1) / 0.05

@@ -1,0 +1,59 @@
+"""How many prefill tokens go into a step that also decodes.
+
+`fixed` is chunked prefill (Sarathi-Serve, arXiv 2403.02310). `slack` is ours: as many as the running batch's ITL
+objective leaves time for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.core.step_costs import StepCosts
+
+ChunkName = Literal["fixed", "slack"]
+QUANTUM = 16  # tokens: chunks are multiples of a KV block, so that few distinct step shapes arise
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkParameters:
+    chunk: ChunkName = "fixed"
+    chunk_tokens: int = 512  # fixed: of a step that decodes too
+    min_chunk_tokens: int = 64  # slack: a prefill always goes on, were it slowly
+    max_prefill_tokens: int = 8_192  # of a step that decodes nothing, and the most that slack may choose
+    itl_share: float = 0.9  # slack: of the ITL objective that a step may take; the rest is for what is not predicted
+
+
+def budget_prefill_tokens(
+    parameters: ChunkParameters,
+    costs: StepCosts | None,
+    *,
+    batch: int,
+    mean_context: float,
+    itl_slo_s: float,
+    num_history: int,
+) -> int:
+    """Prefill tokens for the next step beside `batch` decodes, whose tightest ITL objective is `itl_slo_s`.
+
+    `num_history` is the history of the prefill that runs first. Without costs (nothing measured yet) slack is fixed.
+    """
+    if batch == 0:
+        return parameters.max_prefill_tokens
+    if parameters.chunk == "fixed" or costs is None:
+        return parameters.chunk_tokens
+    fitting = costs.largest_chunk(batch, mean_context, num_history, parameters.itl_share * itl_slo_s)
+    fitting -= fitting % QUANTUM
+    return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
+
+
+def split_budget(missing: Sequence[int], budget_tokens: int) -> list[int]:
+    """Tokens for each prefill, in order, until the budget is used: the last may get a part."""
+    chunks: list[int] = []
+    for num_tokens in missing:
+        if budget_tokens <= 0:
+            break
+        chunk = min(num_tokens, budget_tokens)
+        chunks.append(chunk)
+        budget_tokens -= chunk
+    return chunks

@@ -1,0 +1,174 @@
+"""What routing knows of one worker: kept up to date by what is routed there and what ends, not by asking.
+
+The coordinator and the simulator keep the same objects. Times are of one monotonic clock, in seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from shared.core.step_costs import StepCosts
+from shared.core.types import SessionKey
+from shared.messages import Role, WindowStats
+
+CORRECTION_WEIGHT = 0.1  # of the newest measurement in a running correction
+CORRECTION_RANGE = (0.2, 5.0)
+_EMPTY_WINDOW = WindowStats()
+_DEADLINE = attrgetter("deadline")
+
+
+@dataclass(slots=True, eq=False)
+class PrefillLoad:
+    """A prefill that was routed to a worker and has not ended. work_s: its share of the worker's time."""
+
+    key: SessionKey
+    num_new_tokens: int
+    work_s: float
+    deadline: float  # of its first token
+
+
+@dataclass(slots=True, eq=False)
+class WorkerLoad:
+    """One worker, as far as decisions need to know it."""
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    costs: StepCosts
+    num_kv_tokens: int
+    node: int = 0
+    ttft: WindowStats = _EMPTY_WINDOW  # of its newest heartbeat
+    itl: WindowStats = _EMPTY_WINDOW
+    prefills: dict[SessionKey, PrefillLoad] = field(default_factory=dict)
+    by_deadline: list[PrefillLoad] = field(default_factory=list)
+    backlog_s: float = 0.0  # work of all of them
+    num_backlog_tokens: int = 0
+    progress_at: float = 0.0  # when the last of them ended, or the first came
+    decoding: dict[SessionKey, int] = field(default_factory=dict)  # rounds that decode here, with their contexts
+    num_context_tokens: int = 0
+    num_promised_tokens: int = 0  # KV of the sessions bound here
+    num_sessions: int = 0
+    prefill_correction: float = 1.0  # measured / predicted, a running mean
+    decode_correction: float = 1.0
+
+    @property
+    def takes_prefill(self) -> bool:
+        return self.role != "decode"
+
+    @property
+    def takes_decode(self) -> bool:
+        return self.role != "prefill"
+
+    @property
+    def mean_context(self) -> float:
+        return self.num_context_tokens / len(self.decoding) if self.decoding else 0.0
+
+    @property
+    def kv_share(self) -> float:
+        """KV promised to the sessions bound here, in units of the pool."""
+        return self.num_promised_tokens / self.num_kv_tokens
+
+    # ------------------------------------------------------------------------------ predictions
+
+    def work_s(self, num_history: int, num_new: int) -> float:
+        """Time that a prefill takes of the worker when steps are full: its tokens at the best rate, its attention."""
+        costs = self.costs
+        full = 2_048
+        per_token_s = costs.linear(full) / full
+        return self.prefill_correction * costs.scale * (num_new * per_token_s + costs.attend(num_history, num_new))
+
+    def prefill_s(self, num_history: int, num_new: int) -> float:
+        """T_pre alone, corrected by what was measured here."""
+        return self.prefill_correction * self.costs.prefill_s(num_history, num_new)
+
+    def decode_step_s(self, num_more: int = 0) -> float:
+        batch = len(self.decoding) + num_more
+        return self.decode_correction * self.costs.decode_step_s(batch, self.mean_context)
+
+    def wait_s(self, now: float) -> float:
+        """Work ahead of a prefill that joins at the end."""
+        if self.backlog_s <= 0.0:
+            return 0.0
+        head_s = self.by_deadline[0].work_s
+        return self.backlog_s - min(now - self.progress_at, head_s)
+
+    def wait_before_s(self, deadline: float, now: float) -> tuple[float, float]:
+        """(work of prefills that go before one with this deadline, the least slack of those that go after).
+
+        Prefills that are late already go after everybody who is not (see order_moore_hodgson): they count in neither.
+        """
+        before_s = 0.0
+        least_slack_s = float("inf")
+        finish = now - (min(now - self.progress_at, self.by_deadline[0].work_s) if self.by_deadline else 0.0)
+        for load in self.by_deadline:
+            if finish + load.work_s > load.deadline:
+                continue
+            finish += load.work_s
+            if load.deadline <= deadline:
+                before_s = finish - now
+            else:
+                slack_s = load.deadline - finish
+                if slack_s < least_slack_s:
+                    least_slack_s = slack_s
+        return max(0.0, before_s), least_slack_s
+
+    # ------------------------------------------------------------------------------ bookkeeping
+
+    def begin_prefill(self, key: SessionKey, num_new: int, work_s: float, deadline: float, now: float) -> None:
+        self.end_prefill(key, now)
+        if not self.prefills:
+            self.progress_at = now
+        load = PrefillLoad(key, num_new, work_s, deadline)
+        self.prefills[key] = load
+        insort(self.by_deadline, load, key=_DEADLINE)
+        self.backlog_s += work_s
+        self.num_backlog_tokens += num_new
+
+    def end_prefill(self, key: SessionKey, now: float) -> None:
+        load = self.prefills.pop(key, None)
+        if load is None:
+            return
+        index = bisect_left(self.by_deadline, load.deadline, key=_DEADLINE)
+        while self.by_deadline[index] is not load:
+            index += 1
+        del self.by_deadline[index]
+        self.progress_at = now
+        self.num_backlog_tokens -= load.num_new_tokens
+        self.backlog_s = self.backlog_s - load.work_s if self.prefills else 0.0
+
+    def begin_decoding(self, key: SessionKey, num_context_tokens: int) -> None:
+        self.end_decoding(key)
+        self.decoding[key] = num_context_tokens
+        self.num_context_tokens += num_context_tokens
+
+    def end_decoding(self, key: SessionKey) -> None:
+        self.num_context_tokens -= self.decoding.pop(key, 0)
+
+    def observe_prefill(self, predicted_s: float, measured_s: float) -> None:
+        """A prefill that was predicted (uncorrected) to take `predicted_s` took `measured_s`."""
+        self.prefill_correction = _blend(self.prefill_correction, predicted_s, measured_s)
+
+    def observe_decode_step(self, predicted_s: float, measured_s: float) -> None:
+        self.decode_correction = _blend(self.decode_correction, predicted_s, measured_s)
+
+
+def transfer_s(source: WorkerLoad, destination: WorkerLoad, num_tokens: int) -> float:
+    """T_kv: bytes over the slower end's link, and the latency; 0 for no tokens."""
+    if num_tokens <= 0:
+        return 0.0
+    a, b = source.costs, destination.costs
+    if source.node == destination.node:
+        rate = min(a.node_bytes_per_s, b.node_bytes_per_s)
+    else:
+        rate = min(a.link_bytes_per_s, b.link_bytes_per_s)
+    return a.latency_s + num_tokens * a.kv_bytes_per_token / rate
+
+
+def _blend(correction: float, predicted_s: float, measured_s: float) -> float:
+    if predicted_s <= 0.0 or measured_s <= 0.0:
+        return correction
+    low, high = CORRECTION_RANGE
+    ratio = min(high, max(low, measured_s / predicted_s))
+    return correction + CORRECTION_WEIGHT * (ratio - correction)

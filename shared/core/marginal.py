@@ -1,0 +1,110 @@
+"""`adaptive`: the placement that maximises the expected number of rounds meeting their objectives.
+
+Counted are this round and those it would disturb. On a queue that serves on-time rounds first (Moore-Hodgson), one
+more prefill changes the number of on-time rounds by 1 or 0: it gains one if it fits before its deadline without
+pushing a later one past its own. On the decode worker the chunks are sized to the batch's ITL slack, so a local prefill
+costs the batch nothing it has no time for; where no chunk fits, it does. Predictions are uncertain: a margin counts by
+the probability that it holds.
+"""
+
+from __future__ import annotations
+
+from math import exp
+
+from shared.core.load import WorkerLoad
+from shared.core.routing import (
+    OptionEstimate,
+    RoutingDecision,
+    RoutingParameters,
+    RoutingView,
+    decide,
+    estimate_local,
+    estimate_remote,
+)
+
+NUM_LEAST_LOADED = 2  # prefill workers looked at closely, beside those that have kept KV of the session
+NUM_HOLDERS = 2
+ON_TIME_IS_ALIKE = 0.02  # rounds: options this close are told apart by what they cost
+
+
+def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
+    """Compare the decode worker with the least loaded prefill workers and those that hold the session's KV."""
+    local = _judge(view, parameters, view.decode, estimate_local(view, parameters))
+    options = [local]
+    workers = [view.decode]
+    for load in shortlist(view):
+        options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters)))
+        workers.append(load)
+    best = max(range(len(options)), key=lambda index: _score(options[index], view, parameters))
+    reason = f"{options[best].on_time - options[best].disturbed:+.2f} rounds on time"
+    return decide(workers[best], options[best], reason, tuple(options))
+
+
+def shortlist(view: RoutingView) -> list[WorkerLoad]:
+    """The few prefill workers worth a close look: one pass over all of them."""
+    workers = view.prefill_workers
+    if len(workers) <= NUM_LEAST_LOADED + NUM_HOLDERS:
+        return list(workers)
+    first = second = None
+    first_s = second_s = float("inf")
+    for load in workers:
+        backlog_s = load.backlog_s
+        if backlog_s < second_s:
+            if backlog_s < first_s:
+                first, second, second_s = load, first, first_s
+                first_s = backlog_s
+            else:
+                second, second_s = load, backlog_s
+    chosen = [load for load in (first, second) if load is not None]
+    if view.resident:
+        holders = sorted(
+            (load for load in workers if view.resident.get(load.worker_id, 0) > 0 and load not in chosen),
+            key=lambda load: -view.resident[load.worker_id],
+        )
+        chosen += holders[:NUM_HOLDERS]
+    return chosen
+
+
+def _judge(
+    view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, estimate: OptionEstimate
+) -> OptionEstimate:
+    """Add the probabilities: that this round is on time, and that another no longer is."""
+    margin_s = view.deadline - view.now - estimate.total_s
+    spread_s = parameters.uncertainty * estimate.total_s + 0.002
+    on_time = _probability(margin_s / spread_s)
+    _, slack_s = load.wait_before_s(view.deadline, view.now)
+    disturbed = 0.0
+    if slack_s < estimate.work_s * 4:
+        disturbed = on_time * _probability((estimate.work_s - slack_s) / (parameters.uncertainty * estimate.work_s))
+    return OptionEstimate(
+        placement=estimate.placement,
+        worker_id=estimate.worker_id,
+        num_new_tokens=estimate.num_new_tokens,
+        num_moved_tokens=estimate.num_moved_tokens,
+        windowed_s=estimate.windowed_s,
+        queue_s=estimate.queue_s,
+        transfer_s=estimate.transfer_s,
+        prefill_s=estimate.prefill_s,
+        work_s=estimate.work_s,
+        on_time=on_time,
+        disturbed=disturbed,
+    )
+
+
+def _score(option: OptionEstimate, view: RoutingView, parameters: RoutingParameters) -> float:
+    """Rounds on time, less a little for what it takes: time until the first token, the link, the worker's time."""
+    gain = option.on_time - option.disturbed
+    patience = option.total_s / view.slo.ttft_s
+    cost = ON_TIME_IS_ALIKE * min(1.0, patience)
+    if option.placement == "remote":
+        cost += parameters.remote_share_cost * min(1.0, option.work_s / view.slo.ttft_s + 0.1)
+    return gain - cost
+
+
+def _probability(z: float) -> float:
+    """Logistic approximation of the normal distribution function."""
+    if z > 6.0:
+        return 1.0
+    if z < -6.0:
+        return 0.0
+    return 1.0 / (1.0 + exp(-1.702 * z))
