@@ -7,15 +7,25 @@ from typing import Literal
 
 from shared.core.load import WorkerLoad
 
-BindingName = Literal["free_kv", "least_loaded"]
+BindingName = Literal["free_kv", "least_loaded", "least_active"]
 
 
 def choose_binding(candidates: Iterable[WorkerLoad], binding: BindingName, now: float) -> WorkerLoad | None:
     """free_kv: the most free KV memory, what is promised there counted as used (the paper's). least_loaded: the least
-    of KV promised, prefill work waiting and sequences decoding together. Equal: the lower id."""
+    of KV promised, prefill work waiting and sequences decoding together. least_active: as that, but the KV of rounds in
+    flight counts, and what idle sessions hold only a little (it can go to another tier). Equal: the lower id."""
     if binding == "free_kv":
         return min(
             candidates, key=lambda load: (load.num_promised_tokens - load.num_kv_tokens, load.worker_id), default=None
+        )
+    if binding == "least_active":
+        return min(
+            candidates,
+            key=lambda load: (
+                load.active_share + 0.1 * load.kv_share + load.wait_s(now) + load.decode_step_s(1) / 0.05,
+                load.worker_id,
+            ),
+            default=None,
         )
     return min(candidates, key=lambda load: (measure_load(load, now), load.worker_id), default=None)
 

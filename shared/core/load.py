@@ -49,6 +49,8 @@ class WorkerLoad:
     decoding: dict[SessionKey, int] = field(default_factory=dict)  # rounds that decode here, with their contexts
     num_context_tokens: int = 0
     num_promised_tokens: int = 0  # KV of the sessions bound here
+    active: dict[SessionKey, int] = field(default_factory=dict)  # rounds in flight that decode here, with the KV they need
+    num_active_tokens: int = 0
     num_sessions: int = 0
     prefill_correction: float = 1.0  # measured / predicted, a running mean
     decode_correction: float = 1.0
@@ -69,6 +71,11 @@ class WorkerLoad:
     def kv_share(self) -> float:
         """KV promised to the sessions bound here, in units of the pool."""
         return self.num_promised_tokens / self.num_kv_tokens
+
+    @property
+    def active_share(self) -> float:
+        """KV that the rounds in flight need, in units of the pool."""
+        return self.num_active_tokens / self.num_kv_tokens
 
     # ------------------------------------------------------------------------------ predictions
 
@@ -137,6 +144,16 @@ class WorkerLoad:
         self.progress_at = now
         self.num_backlog_tokens -= load.num_new_tokens
         self.backlog_s = self.backlog_s - load.work_s if self.prefills else 0.0
+
+    def begin_round(self, key: SessionKey, num_tokens: int) -> None:
+        """A round will decode here and needs KV of `num_tokens` until it ends."""
+        self.end_round(key)
+        self.active[key] = num_tokens
+        self.num_active_tokens += num_tokens
+
+    def end_round(self, key: SessionKey) -> None:
+        self.num_active_tokens -= self.active.pop(key, 0)
+        self.end_decoding(key)
 
     def begin_decoding(self, key: SessionKey, num_context_tokens: int) -> None:
         self.end_decoding(key)

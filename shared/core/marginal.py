@@ -19,11 +19,14 @@ from shared.core.routing import (
     RoutingView,
     decide,
     estimate_local,
+    estimate_moved,
     estimate_remote,
 )
 
 NUM_LEAST_LOADED = 2  # prefill workers looked at closely, beside those that have kept KV of the session
 NUM_HOLDERS = 2
+NO_ROOM = 0.3  # a round that does not fit beside those in flight is probably late
+MOVE_BELOW = 0.8  # rounds on time: a session moves only when it would probably be late where it is
 ON_TIME_IS_ALIKE = 0.02  # rounds: options this close are told apart by what they cost
 
 
@@ -36,8 +39,25 @@ def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingD
         options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters)))
         workers.append(load)
     best = max(range(len(options)), key=lambda index: _score(options[index], view, parameters))
-    reason = f"{options[best].on_time - options[best].disturbed:+.2f} rounds on time"
-    return decide(workers[best], options[best], reason, tuple(options))
+    num_here = len(options)
+    if view.movable and _gain(options[best]) < MOVE_BELOW:
+        for load in shortlist_movable(view):
+            options.append(_judge(view, parameters, load, estimate_moved(view, load, parameters)))
+            workers.append(load)
+        best = max(range(len(options)), key=lambda index: _score(options[index], view, parameters))
+    reason = f"{_gain(options[best]):+.2f} rounds on time"
+    return decide(workers[best], options[best], reason, tuple(options), moves_session=best >= num_here)
+
+
+def shortlist_movable(view: RoutingView) -> list[WorkerLoad]:
+    """The least loaded of the workers that have room for the round."""
+    best: list[tuple[float, int, WorkerLoad]] = []
+    for index, load in enumerate(view.movable):
+        if load.num_active_tokens + view.num_needed_tokens > load.num_kv_tokens:
+            continue
+        measure = load.active_share + load.backlog_s / view.slo.ttft_s
+        best.append((measure, index, load))
+    return [load for _, _, load in sorted(best)[:NUM_LEAST_LOADED]]
 
 
 def shortlist(view: RoutingView) -> list[WorkerLoad]:
@@ -72,6 +92,9 @@ def _judge(
     margin_s = view.deadline - view.now - estimate.total_s
     spread_s = parameters.uncertainty * estimate.total_s + 0.002
     on_time = _probability(margin_s / spread_s)
+    decode = load if estimate.placement == "local" else view.decode
+    if decode.num_active_tokens + view.num_needed_tokens > decode.num_kv_tokens:
+        on_time *= NO_ROOM  # it has to wait until others have ended
     _, slack_s = load.wait_before_s(view.deadline, view.now)
     disturbed = 0.0
     if slack_s < estimate.work_s * 4:
@@ -93,12 +116,16 @@ def _judge(
 
 def _score(option: OptionEstimate, view: RoutingView, parameters: RoutingParameters) -> float:
     """Rounds on time, less a little for what it takes: time until the first token, the link, the worker's time."""
-    gain = option.on_time - option.disturbed
+    gain = _gain(option)
     patience = option.total_s / view.slo.ttft_s
     cost = ON_TIME_IS_ALIKE * min(1.0, patience)
     if option.placement == "remote":
         cost += parameters.remote_share_cost * min(1.0, option.work_s / view.slo.ttft_s + 0.1)
     return gain - cost
+
+
+def _gain(option: OptionEstimate) -> float:
+    return option.on_time - option.disturbed
 
 
 def _probability(z: float) -> float:

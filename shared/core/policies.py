@@ -38,6 +38,7 @@ class SchedulingPolicy:
     stages: bool = False  # while a tool runs, new KV moves ahead to the prefill worker that holds the session
     host_tier: bool = False  # evicted KV goes to host memory, and comes back from there
     fluid_roles: bool = False  # any worker may prefill for any session
+    moves_sessions: bool = False  # a session whose worker cannot serve its next round in time moves, with its KV
     admission: bool = False  # a new session whose first round cannot attain is refused, with a hint when to retry
     corrects: bool = False  # predictions follow what is measured
 
@@ -75,13 +76,14 @@ POLICIES: dict[str, SchedulingPolicy] = {
             name="adaptive",
             route=route_adaptive,
             routing=RoutingParameters(chunk=_SLACK, by_deadline=True),
-            binding="least_loaded",
+            binding="least_active",
             order=OrderParameters(order="moore_hodgson"),
             retention="expected_return",
             keeps_resident=True,
             stages=True,
             host_tier=True,
             fluid_roles=True,
+            moves_sessions=True,
             admission=True,
             corrects=True,
         ),
@@ -98,6 +100,7 @@ PARTS: dict[str, Mapping[str, Any]] = {
     "host_tier": {"host_tier": False},
     "expected_return": {"retention": "lru"},
     "fluid_roles": {"fluid_roles": False},
+    "moves": {"moves_sessions": False},
     "admission": {"admission": False},
     "correction": {"corrects": False},
 }

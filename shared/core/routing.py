@@ -57,6 +57,8 @@ class RoutingView:
     slo: Slo
     decode: WorkerLoad
     prefill_workers: Sequence[WorkerLoad]  # alive, able to exchange KV with `decode`, not `decode` itself
+    movable: Sequence[WorkerLoad] = ()  # other workers that the session may move to, with its KV
+    num_needed_tokens: int = 0  # KV that the round needs until its end
     num_restorable_tokens: int = 0
     resident: Mapping[str, int] = field(default_factory=dict)
     waited_s: float = 0.0  # since the client's round arrived
@@ -97,6 +99,7 @@ class RoutingDecision(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     reason: str
     chosen: OptionEstimate
+    moves_session: bool = False  # local, on another worker than the session is bound to: its KV moves there first
     options: tuple[OptionEstimate, ...]  # every option that was compared, the chosen one among them
 
 
@@ -108,22 +111,37 @@ Policy = Callable[[RoutingView, RoutingParameters], RoutingDecision]
 
 def estimate_local(view: RoutingView, parameters: RoutingParameters) -> OptionEstimate:
     """Queue and prefill on the decode worker, in chunks beside its decodes."""
-    load = view.decode
+    return _estimate_at(view, parameters, view.decode, _restore_s(view), 0)
+
+
+def estimate_moved(view: RoutingView, load: WorkerLoad, parameters: RoutingParameters) -> OptionEstimate:
+    """The session's KV moves to `load`, the prefill runs there, and there the session stays."""
     history = view.num_total_tokens - view.num_new_tokens
-    restore_s = 0.0
-    if view.num_restorable_tokens > view.num_cached_tokens:
-        num_bytes = (view.num_restorable_tokens - view.num_cached_tokens) * load.costs.kv_bytes_per_token
-        restore_s = num_bytes / load.costs.host_bytes_per_s
+    move_s = transfer_s(view.decode, load, history) + _restore_s(view)
+    return _estimate_at(view, parameters, load, move_s, history)
+
+
+def _restore_s(view: RoutingView) -> float:
+    """From the decode worker's host memory, what is there."""
+    costs = view.decode.costs
+    num_tokens = max(0, view.num_restorable_tokens - view.num_cached_tokens)
+    return num_tokens * costs.kv_bytes_per_token / costs.host_bytes_per_s
+
+
+def _estimate_at(
+    view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, fetch_s: float, num_moved: int
+) -> OptionEstimate:
+    history = view.num_total_tokens - view.num_new_tokens
     prefill_s, inflation = predict_mixed_prefill(load, parameters, history, view.num_new_tokens, view.slo.itl_s)
     wait_s = _wait_s(load, view, parameters) * inflation
     return OptionEstimate(
         placement="local",
         worker_id=load.worker_id,
         num_new_tokens=view.num_new_tokens,
-        num_moved_tokens=0,
+        num_moved_tokens=num_moved,
         windowed_s=load.itl.mean,
         queue_s=wait_s,
-        transfer_s=max(0.0, restore_s - wait_s),
+        transfer_s=max(0.0, fetch_s - wait_s),
         prefill_s=prefill_s,
         work_s=load.work_s(history, view.num_new_tokens),
     )
@@ -258,9 +276,15 @@ def route_ampd(view: RoutingView, parameters: RoutingParameters) -> RoutingDecis
 
 
 def decide(
-    worker: WorkerLoad, chosen: OptionEstimate, reason: str, options: tuple[OptionEstimate, ...] = ()
+    worker: WorkerLoad,
+    chosen: OptionEstimate,
+    reason: str,
+    options: tuple[OptionEstimate, ...] = (),
+    *,
+    moves_session: bool = False,
 ) -> RoutingDecision:
     return RoutingDecision(
+        moves_session=moves_session,
         placement=chosen.placement,
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,

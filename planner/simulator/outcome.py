@@ -1,0 +1,86 @@
+"""What a simulated run amounts to, in a few numbers: for searches over thousands of runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from planner.simulator.rounds import SimRound
+from planner.simulator.simulation import Result
+from shared.messages import Slo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Shares are of the rounds (sessions) offered in the measured part of the run."""
+
+    num_rounds: int
+    attainment: float
+    attainment_p99_itl: float
+    attainment_ttft: float
+    session_attainment: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    ttft_max_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    local_share: float
+    kv_gb_per_round: float
+    num_rejected: int
+    num_preemptions: int
+    num_evicted_tokens: int
+    end_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float = float("inf")) -> Outcome:
+    """Over the sessions' rounds that were sent in [warm_s, until_s); sessions by their arrival in it.
+
+    Rounds that were never sent because their session had failed count as offered, at the time of its failure.
+    """
+    measured = [r for r in result.rounds if warm_s <= r.sent_at < until_s]
+    num_lost = sum(
+        len(r.session.planned.rounds) - r.index - 1 for r in measured if r.error
+    )
+    num_rounds = len(measured) + num_lost
+    completed = [r for r in measured if not r.error and r.finished_at >= 0.0]
+    ttfts = sorted(r.ttft_s for r in completed)
+    tpots = sorted(r.tpot_s for r in completed if r.num_gaps)
+    attained = [r for r in completed if attains(r, slo)]
+    p99 = sum(r.ttft_s <= slo.ttft_s and r.percentile_gap_s(0.99) <= slo.itl_s for r in completed)
+    sessions: dict[int, bool] = {}
+    ids = {id(r) for r in attained}
+    for r in measured:
+        if r.session.arrival >= warm_s:
+            sessions[r.session.index] = sessions.get(r.session.index, True) and id(r) in ids
+    num_prefills = sum(r.decision is not None for r in measured)
+    return Outcome(
+        num_rounds=num_rounds,
+        attainment=len(attained) / max(1, num_rounds),
+        attainment_p99_itl=p99 / max(1, num_rounds),
+        attainment_ttft=sum(r.ttft_s <= slo.ttft_s for r in completed) / max(1, num_rounds),
+        session_attainment=sum(sessions.values()) / max(1, len(sessions)),
+        ttft_p50_s=_quantile(ttfts, 0.5),
+        ttft_p90_s=_quantile(ttfts, 0.9),
+        ttft_p99_s=_quantile(ttfts, 0.99),
+        ttft_max_s=ttfts[-1] if ttfts else 0.0,
+        tpot_p50_s=_quantile(tpots, 0.5),
+        tpot_p99_s=_quantile(tpots, 0.99),
+        local_share=sum(r.decision is not None and not r.is_remote for r in measured) / max(1, num_prefills),
+        kv_gb_per_round=result.kv_bytes_moved / 1e9 / max(1, len(result.rounds)),
+        num_rejected=result.counters.rejected,
+        num_preemptions=result.num_preemptions,
+        num_evicted_tokens=result.num_evicted_tokens,
+        end_s=result.end_s,
+    )
+
+
+def attains(round_: SimRound, slo: Slo) -> bool:
+    return round_.ttft_s <= slo.ttft_s and round_.tpot_s <= slo.itl_s
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
