@@ -7,23 +7,24 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from shared.engine.names import EngineName
 from shared.errors import AmpdError, ErrorCode
 
 if TYPE_CHECKING:
-    from services.local import ClusterOptions
+    from services.cluster_options import ClusterOptions
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_PORT = 4222
-POLICIES = ("ampd", "remote", "local")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USAGE_ERROR = 2
 
 UP_EXAMPLE = """example:
-  ampd up --prefill 1 --decode 2 --model smollm2 --policy ampd --data-dir ~/ampd-data"""
+  ampd up --prefill 1 --decode 2 --model smollm2 --policy ampd --data-dir ~/ampd-data
+  ampd up --engine emulated --profile h100-qwen3-32b --time-scale 10 --parallel-degree 2 --prefill 4 --decode 12"""
 RUN_EXAMPLE = """example:
   ampd run --model tiny-random -- loadgen replay sessions.jsonl --out out/replay
   ampd run --prefill 0 --decode 1 -- ampd chat"""
@@ -129,11 +130,16 @@ def _run_with_cluster(work: Coroutine[Any, Any, int]) -> int:
 
 
 def _cluster_options(arguments: argparse.Namespace, port: int) -> ClusterOptions:
-    from services.local import ClusterOptions
+    from services.cluster_options import ClusterOptions
 
     return ClusterOptions(
         num_prefill=arguments.prefill,
         num_decode=arguments.decode,
+        num_both=arguments.both,
+        engine=arguments.engine,
+        profile=arguments.profile,
+        time_scale=arguments.time_scale,
+        parallel_degree=arguments.parallel_degree,
         model=arguments.model,
         policy=arguments.policy,
         dtype=arguments.dtype,
@@ -144,6 +150,8 @@ def _cluster_options(arguments: argparse.Namespace, port: int) -> ClusterOptions
         port=port,
         data_dir=arguments.data_dir,
         log_dir=arguments.log_dir,
+        disabled_parts=tuple(arguments.disable),
+        policy_options=tuple(arguments.policy_option),
     )
 
 
@@ -206,10 +214,22 @@ def _add_command(
 def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
     add = parser.add_argument
     add("--prefill", type=_integer(0), default=1, metavar="N", help="prefill workers (default: %(default)s)")
-    add("--decode", type=_integer(1), default=1, metavar="N", help="decode workers (default: %(default)s)")
+    add("--decode", type=_integer(0), default=1, metavar="N", help="decode workers (default: %(default)s)")
+    add("--both", type=_integer(0), default=0, metavar="N", help="workers for both (default: %(default)s)")
+    engine_help = "torch computes; emulated keeps the time of a profile (default: %(default)s)"
+    add("--engine", choices=get_args(EngineName), default="torch", help=engine_help)
+    add("--profile", metavar="NAME|FILE", help="timings of the workers: one that ships, or a file")
+    scale_help = "emulated: seconds here per second there, 10 keeps our own overhead small (default: %(default)s)"
+    add("--time-scale", type=_number(0.0), default=1.0, metavar="X", help=scale_help)
+    add("--parallel-degree", type=_integer(1), default=1, metavar="T", help="emulated: devices of a worker")
     model_help = "smollm2, tiny-random, or the folder of a Hugging Face model (default: %(default)s)"
     add("--model", default="smollm2", help=model_help)
-    add("--policy", choices=POLICIES, default="ampd", help="where prefills run (default: %(default)s)")
+    policy_help = "how rounds are scheduled: %(choices)s (default: %(default)s)"
+    add("--policy", choices=Names("POLICIES"), default="ampd", metavar="P", help=policy_help)
+    part_help = "switch off a part of the policy, repeatable: %(choices)s"
+    add("--disable", choices=Names("PARTS"), action="append", default=[], metavar="PART", help=part_help)
+    option_help = "a parameter of the policy, repeatable: routing.alpha=0.5, routing.chunk.chunk_tokens=1024"
+    add("--policy-option", action="append", default=[], metavar="PATH=VALUE", help=option_help)
     add("--dtype", choices=DTYPES, default="auto", help="of weights and KV; auto: what the CPU multiplies fastest")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=_integer(1), default=1, metavar="N", help="per worker (default: %(default)s)")
@@ -226,6 +246,22 @@ def _add_url_flag(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("AMPD_NATS_URL", DEFAULT_URL),
         help=f"NATS server of the cluster (default: $AMPD_NATS_URL, else {DEFAULT_URL})",
     )
+
+
+class Names(Container[str], Iterable[str]):
+    """Keys of a table of shared.core.policies, looked up when somebody asks: other commands do not wait for them."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+    def __iter__(self) -> Iterator[str]:
+        from shared.core import policies
+
+        names: Iterable[str] = getattr(policies, self._table)
+        return iter(names)
 
 
 class PrintVersion(argparse.Action):

@@ -17,10 +17,11 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from services.cluster_options import ClusterOptions as ClusterOptions  # part of this module's interface
+from services.cluster_options import check_options, engine_arguments, policy_arguments
 from services.data_dir import check_same_model, lock_data_dir
 from services.service_process import ServiceProcess, describe_exit
 from shared.child_process import dying_with_this_process
@@ -39,25 +40,6 @@ _POLL_S = 0.1
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterOptions:
-    """What `ampd up` can be told. port 0: any free port. data_dir None: a temporary folder, removed at the end."""
-
-    num_prefill: int = 1
-    num_decode: int = 1
-    model: str = "smollm2"
-    policy: str = "ampd"
-    dtype: str = "auto"  # bfloat16 where the processor multiplies it in hardware, else float32
-    device: str = "cpu"
-    threads: int = 1
-    kv_memory_mb: int = 1024
-    max_context: int | None = None
-    port: int = 0
-    data_dir: Path | None = None
-    log_dir: Path | None = None
-    worker_arguments: tuple[str, ...] = ()  # further flags of every worker process
-
-
 class ClusterFailed(Exception):
     """The cluster cannot start or go on; the message says which process, and quotes its log."""
 
@@ -66,6 +48,7 @@ class LocalCluster:
     """Start with `start`, watch with `supervise`, end with `stop`; `url` is where clients connect."""
 
     def __init__(self, options: ClusterOptions, report: Report) -> None:
+        check_options(options)
         check_port(options.port)
         self._options = options
         self._report = report
@@ -88,8 +71,10 @@ class LocalCluster:
         """Return when every worker is ready. Raises ClusterFailed, or AmpdError for an option at fault."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_data_dir(self.data_dir)
-        check_same_model(self.data_dir, self._options.model)
-        model_dir = await resolve_model_dir(self._options.model, self._report)
+        check_same_model(self.data_dir, self._options.served)
+        model_dir = None
+        if self._options.engine == "torch":
+            model_dir = await resolve_model_dir(self._options.model, self._report)
         self._nats = NatsServer(self.data_dir / "nats", run_dir=self.log_dir, port=self._options.port)
         try:
             self._nats.start()
@@ -136,7 +121,7 @@ class LocalCluster:
 
     # ------------------------------------------------------------------------------- processes
 
-    def _define_processes(self, model_dir: Path) -> None:
+    def _define_processes(self, model_dir: Path | None) -> None:
         options = self._options
         environment = {
             "AMPD_NATS_URL": self.url,
@@ -156,25 +141,30 @@ class LocalCluster:
 
         self.services = {
             "coordinator": child(
-                "coordinator", "services.coordinator", f"--policy={options.policy}", f"--model-dir={model_dir}"
+                "coordinator",
+                "services.coordinator",
+                *policy_arguments(options),
+                f"--cost-scale={options.time_scale}",
+                *([] if model_dir is None else [f"--model-dir={model_dir}"]),
             ),
             "planner": child("planner", "planner", f"--data-dir={self.data_dir}"),
         }
         worker_arguments = [
-            f"--model-dir={model_dir}",
-            f"--dtype={options.dtype}",
-            f"--device={options.device}",
-            f"--threads={options.threads}",
-            f"--kv-memory-mb={options.kv_memory_mb}",
+            *policy_arguments(options),
+            *engine_arguments(options, model_dir),
             f"--drain-timeout={WORKER_DRAIN_S}",
             *([f"--max-context={options.max_context}"] if options.max_context is not None else []),
             *options.worker_arguments,
         ]
-        for role, count in (("prefill", options.num_prefill), ("decode", options.num_decode)):
+        for role, module, count in (
+            ("prefill", "services.prefill_worker", options.num_prefill),
+            ("decode", "services.decode_worker", options.num_decode),
+            ("both", "services.decode_worker", options.num_both),
+        ):
             for index in range(count):
                 worker_id = f"{role}-{index}"
                 self.workers[worker_id] = child(
-                    worker_id, f"services.{role}_worker", f"--worker-id={worker_id}", *worker_arguments
+                    worker_id, module, f"--worker-id={worker_id}", f"--role={role}", *worker_arguments
                 )
 
     async def _wait_until_ready(self) -> None:

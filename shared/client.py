@@ -33,6 +33,7 @@ from shared.messages import (
     ClientRequest,
     CloseSession,
     ClusterStatus,
+    ExplainSession,
     GetStats,
     GetStatus,
     InspectSession,
@@ -49,6 +50,7 @@ from shared.messages import (
     RoundTokens,
     SamplingParams,
     SessionClosed,
+    SessionExplained,
     SessionInfo,
     SessionOpened,
     Slo,
@@ -116,6 +118,11 @@ class AmpdClient:
 
     async def status(self, *, timeout_s: float = 5.0) -> ClusterStatus:
         return await self._request(subjects.STATUS, GetStatus(), ClusterStatus, timeout_s)
+
+    async def explain(self, session_id: str, *, timeout_s: float = 5.0) -> SessionExplained:
+        """Why each of a session's newest rounds was prefilled where it was. Raises UNKNOWN_SESSION."""
+        request = ExplainSession(tenant=self.tenant, session=subjects.check_token("session", session_id))
+        return await self._request(subjects.EXPLAIN, request, SessionExplained, timeout_s)
 
     async def planner_stats(self, *, timeout_s: float = 5.0) -> PlannerStats:
         return await self._request(subjects.PLANNER_STATS, GetStats(), PlannerStats, timeout_s)

@@ -2,7 +2,7 @@
 
 Client subjects:   ampd.v1.<tenant>.session.<session>.request   (request; JSON or MessagePack)
                    ampd.v1.<tenant>.stream.<session>.<round>    (publish; one subject per round)
-Admin subjects:    ampd.admin.v1.status | stats                 (request)
+Admin subjects:    ampd.admin.v1.status | explain | stats       (request)
 Internal subjects: ampd.sys.v1.worker.<worker_id>.command       (request, acknowledged)
                    ampd.sys.v1.worker.<worker_id>.peer          (request between workers: KV control)
                    ampd.sys.v1.heartbeat.<worker_id>            (publish)
@@ -25,6 +25,7 @@ ALL_SESSION_REQUESTS = "ampd.v1.*.session.*.request"
 COORDINATOR_EVENT = "ampd.sys.v1.coordinator.event"
 OBSERVED_ROUND = "ampd.sys.v1.observed.round"
 STATUS = "ampd.admin.v1.status"
+EXPLAIN = "ampd.admin.v1.explain"
 PLANNER_STATS = "ampd.admin.v1.stats"
 RECORDS = "ampd.sys.v1.record.>"
 RECORD_STREAM = "AMPD_SESSIONS"

@@ -143,6 +143,15 @@ class KvMemory:
         self.grow(kv, num_tokens)
         return self.use_host_link(num_tokens, now)
 
+    def swap_out(self, kv: SimKv, now: float) -> None:
+        """A running round loses its device memory: to host memory if there is some, else altogether."""
+        num_tokens = kv.num_tokens
+        if self.host_capacity and self._make_host_room(num_tokens, kv, now):
+            kv.num_host_tokens += num_tokens
+            self.num_host_used += num_tokens
+            self.use_host_link(num_tokens, now)
+        self.shrink(kv, 0)
+
     def _restore_s(self, kv: SimKv) -> float:
         num_tokens = kv.num_tokens + kv.num_host_tokens
         if self.host_capacity:

@@ -37,14 +37,16 @@ class Outcome:
 
 
 def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float = float("inf")) -> Outcome:
-    """Over the sessions' rounds that were sent in [warm_s, until_s); sessions by their arrival in it.
+    """Over the rounds that were sent in [warm_s, until_s); sessions by their arrival in it.
 
-    Rounds that were never sent because their session had failed count as offered, at the time of its failure.
+    A session goes on only when a round has ended, so a scheduler that lets a round wait for ever is offered fewer. The
+    rounds that such a session owes count as offered, and missed: those that would have been sent before `until_s` had
+    its round in flight, and those after it, just met their objectives; and all that follow a failed round.
     """
     measured = [r for r in result.rounds if warm_s <= r.sent_at < until_s]
-    num_lost = sum(
-        len(r.session.planned.rounds) - r.index - 1 for r in measured if r.error
-    )
+    waiting = [r for r in result.unfinished if r.sent_at < until_s]
+    num_lost = sum(len(r.session.planned.rounds) - r.index - 1 for r in measured if r.error)
+    num_lost += sum(_count_owed(r, slo, warm_s, until_s) for r in waiting)
     num_rounds = len(measured) + num_lost
     completed = [r for r in measured if not r.error and r.finished_at >= 0.0]
     ttfts = sorted(r.ttft_s for r in completed)
@@ -53,7 +55,7 @@ def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float =
     p99 = sum(r.ttft_s <= slo.ttft_s and r.percentile_gap_s(0.99) <= slo.itl_s for r in completed)
     sessions: dict[int, bool] = {}
     ids = {id(r) for r in attained}
-    for r in measured:
+    for r in (*measured, *waiting):
         if r.session.arrival >= warm_s:
             sessions[r.session.index] = sessions.get(r.session.index, True) and id(r) in ids
     num_prefills = sum(r.decision is not None for r in measured)
@@ -76,6 +78,22 @@ def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float =
         num_evicted_tokens=result.num_evicted_tokens,
         end_s=result.end_s,
     )
+
+
+def _count_owed(round_: SimRound, slo: Slo, warm_s: float, until_s: float) -> int:
+    """Rounds of an unfinished session that are due: the one in flight, and those that should have followed by now."""
+    due_at, num_owed = round_.sent_at, 0
+    for planned in round_.session.planned.rounds[round_.index :]:
+        if num_owed or planned is not round_.planned:
+            due_at += planned.delay_s
+        if due_at >= until_s:
+            break
+        last_due_at = due_at + slo.ttft_s + (planned.output_tokens - 1) * slo.itl_s
+        if last_due_at >= until_s and planned is round_.planned:
+            break  # it may still be on time
+        num_owed += due_at >= warm_s
+        due_at = last_due_at
+    return num_owed
 
 
 def attains(round_: SimRound, slo: Slo) -> bool:

@@ -68,6 +68,7 @@ class Result:
     kv_bytes_moved: int
     num_evicted_tokens: int
     num_preemptions: int
+    unfinished: list[SimRound]  # in flight when the simulation was stopped
     counters: Counters = field(default_factory=Counters)
 
 
@@ -141,6 +142,7 @@ class Simulation:
             kv_bytes_moved=self.links.num_bytes,
             num_evicted_tokens=sum(worker.memory.num_evicted_tokens for worker in self.workers),
             num_preemptions=sum(worker.num_preemptions for worker in self.workers),
+            unfinished=[session.running for session in self._sessions if session.running is not None],
             counters=self.counters,
         )
 
@@ -255,8 +257,8 @@ class Simulation:
         decision = self.policy.route(view, self.policy.routing)
         chosen = decision.chosen
         if self.policy.admission and round_.index == 0 and round_.attempt == 1:
-            best_s = min(option.total_s for option in decision.options)
-            if best_s > self._admission_factor * self.slo.ttft_s:
+            wait_s = min(option.queue_s for option in decision.options)
+            if wait_s > self._admission_factor * self.slo.ttft_s:
                 self.counters.rejected += 1
                 self._fail_round(round_, "overloaded", now)
                 return

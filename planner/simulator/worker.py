@@ -29,6 +29,9 @@ MAX_SEGMENT_STEPS = 256
 MAX_CHUNK_STEPS = 8  # attention grows with the history: the mean of so few chunks is exact enough
 MAX_STAGED = 8  # remote prefills whose history is on its way or here; the others wait as metadata
 WINDOW_S = 10.0
+DECODE_MARGIN_TOKENS = 32  # room kept for each sequence of the batch to grow
+RESUME_S = 0.2
+WAIT_S = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +44,8 @@ class SimPrefill:
     stop: int
     arrival: float
     is_local: bool
-    is_ready: bool = True  # its history is here
-    is_restoring: bool = False
+    start: int = 0  # of what is computed; set when it is admitted
+    is_fetching: bool = False  # its history is on its way
 
 
 class RollingMean:
@@ -94,6 +97,7 @@ class SimWorker:
         self.num_context_tokens = 0
         self.tick = 0  # decode steps so far
         self.queue: list[SimPrefill] = []  # ready or restoring, by arrival
+        self.admitted: dict[SimPrefill, None] = {}  # have begun: they may take room to their end
         self.unstaged: list[SimPrefill] = []  # remote ones whose history is not asked for yet
         self.num_staged = 0
         self.joining: list[SimRound] = []
@@ -114,6 +118,7 @@ class SimWorker:
         # the running segment
         self._segment = 0  # its number: events of older ones are void
         self._is_running = False
+        self._is_waiting = False
         self._started_at = 0.0
         self._step_s = 0.0
         self._num_steps = 0
@@ -143,7 +148,6 @@ class SimWorker:
         self.memory.shrink(kv, min(kv.num_tokens, round_.num_prompt + round_.num_produced - 1))
         kv.is_resident = True
         prefill = self._make_prefill(round_, kv, is_local=False, now=now)
-        prefill.is_ready = False
         self.unstaged.append(prefill)
         self.stage_next(now)
 
@@ -154,8 +158,6 @@ class SimWorker:
         return SimPrefill(round_, waiting, kv, round_.num_prompt + round_.num_produced, now, is_local)
 
     def _enqueue(self, prefill: SimPrefill, now: float) -> None:
-        if prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
-            self._fetch(prefill, now)
         self.queue.append(prefill)
         self._look_again(now)
 
@@ -176,7 +178,7 @@ class SimWorker:
             return  # tried again when a step is planned
         self.memory.grow(prefill.kv, num_tokens)
         prefill.round.moved_from = None
-        prefill.is_restoring = True
+        prefill.is_fetching = True
         prefill.round.kv_bytes_read += num_tokens * self.costs.kv_bytes_per_token
         begin = source.memory.use_host_link(theirs.num_host_tokens, now) if theirs.num_host_tokens else now
         done_at = self.simulation.links.transfer(source, self, num_tokens, begin, begin - now)
@@ -201,11 +203,11 @@ class SimWorker:
         done_at = self.memory.restore(kv, now) if kv.num_host_tokens > 0 else now
         if done_at is None:
             return  # no room now: tried again when a step is planned
-        prefill.is_restoring = True
+        prefill.is_fetching = True
         self.simulation.at(done_at, self._restored, prefill)
 
     def _restored(self, prefill: SimPrefill, now: float) -> None:
-        prefill.is_restoring = False
+        prefill.is_fetching = False
         prefill.round.transfer_s += now - max(prefill.arrival, prefill.round.placed_at)
         self._look_again(now)
 
@@ -217,14 +219,15 @@ class SimWorker:
             index = self._order.order([prefill.waiting for prefill in self.unstaged], now)[0]
             prefill = self.unstaged[index]
             kv, round_ = prefill.kv, prefill.round
-            if not self.memory.make_room(prefill.stop - kv.num_tokens, now):
-                if self.num_staged == 0 and self.batch == 0 and not self.queue:
+            if not self.memory.make_room(self._count_reserved() + prefill.stop - kv.num_tokens, now):
+                if not self.admitted and self.batch == 0 and not self.queue:
                     del self.unstaged[index]
                     self._abandon(prefill, now)
                     continue
                 return
-            self._order.note_started([one.waiting for one in self.unstaged], index, now)
+            self._order.note_started([one.waiting for one in self.unstaged], index)
             del self.unstaged[index]
+            self._begin_prefill(prefill)
             self.num_staged += 1
             readable = round_.decode.readable_tokens(round_) if self.policy.routing.reads_history else 0
             num_pulled = max(0, min(readable, prefill.stop - 1) - kv.num_tokens)
@@ -243,7 +246,6 @@ class SimWorker:
     def _pulled(self, prefill: SimPrefill, now: float) -> None:
         if not self.alive or prefill.kv.busy == 0:
             return
-        prefill.is_ready = True
         self.queue.append(prefill)
         self._look_again(now)
 
@@ -341,40 +343,91 @@ class SimWorker:
 
     def _plan_chunks(self, now: float) -> tuple[list[tuple[SimPrefill, int]], int]:
         """The prefills of the next step, in the policy's order, and what each computes."""
-        order = self._order.order([prefill.waiting for prefill in self.queue], now)
-        ready: list[int] = []
-        for index in order:
-            prefill = self.queue[index]
-            if prefill.is_restoring:
-                continue
-            if prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
-                self._fetch(prefill, now)
-            if not prefill.is_restoring and prefill.kv.num_host_tokens == 0 and prefill.round.moved_from is None:
-                ready.append(index)
+        chunks, budget = self._fill_budget(self._admit(now), now)
+        if not chunks and self.batch == 0:
+            chunks, budget = self._fill_budget(self._force_oldest(now), now)
+            if not chunks and self.queue:
+                self._wait_for_room(now)
+        return chunks, budget
+
+    def _wait_for_room(self, now: float) -> None:
+        """Everything here waits: for KV on its way, or for room that others hold. Look again soon."""
+        if not self._is_waiting:
+            self._is_waiting = True
+            self.simulation.at(now + WAIT_S, self._wake, None)
+
+    def _wake(self, _: None, now: float) -> None:
+        self._is_waiting = False
+        self._look_again(now)
+
+    def _fill_budget(self, ready: list[SimPrefill], now: float) -> tuple[list[tuple[SimPrefill, int]], int]:
         if not ready:
             return [], 0
-        room = self._max_batch - self.batch
-        budget = self._choose_budget(self.queue[ready[0]].kv.num_tokens)
-        chosen = ready[: max(1, room)]
-        sizes = split_budget([self.queue[i].stop - self.queue[i].kv.num_tokens for i in chosen], budget)
+        budget = self._choose_budget(ready[0].kv.num_tokens)
+        self._order.note_turn(ready[0].waiting, now)
+        ready = ready[: max(1, self._max_batch - self.batch)]
+        sizes = split_budget([prefill.stop - prefill.kv.num_tokens for prefill in ready], budget)
         chunks: list[tuple[SimPrefill, int]] = []
-        num_tokens = 0
-        waiting = [prefill.waiting for prefill in self.queue]
-        for index, size in zip(chosen, sizes, strict=False):
-            prefill = self.queue[index]
-            needed = num_tokens + size + self.batch
-            if not self.memory.make_room(needed, now) and not self._preempt_for(prefill, needed, now):
-                break
-            if prefill not in self.queue:
-                break
-            if prefill.round.started_at < 0.0:
-                self._order.note_started(waiting, index, now)
-            chunks.append((prefill, size))
+        num_tokens = self.batch
+        for prefill, size in zip(ready, sizes, strict=False):
             num_tokens += size
-        if not chunks and self.batch == 0:
-            chunks = self._force_oldest(budget, now)
+            if not self.memory.make_room(num_tokens, now) and not self._preempt_for(prefill, num_tokens, now):
+                break
+            chunks.append((prefill, size))
         # a preemption may have taken a prefill that was chosen before it
-        return [(prefill, size) for prefill, size in chunks if prefill.kv.num_tokens < prefill.stop], budget
+        return [(prefill, size) for prefill, size in chunks if prefill in self.admitted], budget
+
+    def _admit(self, now: float) -> list[SimPrefill]:
+        """The prefills that can be computed now, in order. None begins that could not be held to its end beside those
+        that have begun: half-computed prefills that wait for each other's room are how a worker collapses."""
+        waiting = [prefill.waiting for prefill in self.queue]
+        reserved = self._count_reserved()
+        ready: list[SimPrefill] = []
+        order = self._order.order(waiting, now)
+        for place, index in enumerate(order):
+            prefill = self.queue[index]
+            if prefill.is_fetching:
+                continue
+            if prefill not in self.admitted:
+                missing = prefill.stop - prefill.kv.num_tokens
+                if self.memory.host_capacity:
+                    reserved = self._displace(order[place + 1 :], reserved, missing, now)
+                if not self.memory.make_room(reserved + missing, now):
+                    if self._order.is_strict(waiting[index], now):
+                        break
+                    continue
+                self._begin_prefill(prefill)
+                self._order.note_started(waiting, index)
+                reserved += missing
+            if prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
+                self._fetch(prefill, now)
+                if prefill.is_fetching:
+                    reserved = self._count_reserved()
+                    continue
+            ready.append(prefill)
+        return ready
+
+    def _displace(self, behind: list[int], reserved: int, missing: int, now: float) -> int:
+        """Those further behind in the order give up their room, the last first; their KV goes to host memory."""
+        for index in reversed(behind):
+            if self.memory.make_room(reserved + missing, now):
+                break
+            other = self.queue[index]
+            if other in self.admitted and other.is_local and not other.is_fetching:
+                del self.admitted[other]
+                self.memory.swap_out(other.kv, now)
+                reserved = self._count_reserved()
+            elif other.is_local and not other.is_fetching and other.kv.num_tokens:
+                self.memory.swap_out(other.kv, now)
+        return reserved
+
+    def _count_reserved(self) -> int:
+        """Room that the admitted prefills still need, and the batch for a while."""
+        return sum(one.stop - one.kv.num_tokens for one in self.admitted) + self.batch * DECODE_MARGIN_TOKENS
+
+    def _begin_prefill(self, prefill: SimPrefill) -> None:
+        self.admitted[prefill] = None
+        prefill.start = prefill.kv.num_tokens
 
     def _choose_budget(self, num_history: int) -> int:
         parameters, batch = self.policy.chunk, self.batch
@@ -395,14 +448,18 @@ class SimWorker:
             num_history=num_history,
         )
 
-    def _force_oldest(self, budget: int, now: float) -> list[tuple[SimPrefill, int]]:
+    def _force_oldest(self, now: float) -> list[SimPrefill]:
         """Nothing fits and nothing decodes: the oldest prefill gets the room of the younger ones, so that one goes on."""
         for prefill in sorted(self.queue, key=lambda one: one.round.sent_at):
-            if prefill.is_restoring or prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
+            if prefill.is_fetching:
                 continue
-            size = min(budget, prefill.stop - prefill.kv.num_tokens)
-            if self.memory.make_room(size, now) or self._preempt_for(prefill, size, now):
-                return [(prefill, size)]
+            missing = prefill.stop - prefill.kv.num_tokens
+            if self.memory.make_room(missing, now) or self._preempt_for(prefill, missing, now):
+                if prefill not in self.admitted:
+                    self._begin_prefill(prefill)
+                if prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
+                    self._fetch(prefill, now)
+                return [] if prefill.is_fetching else [prefill]
         return []
 
     def _end_segment(self, segment: int, now: float) -> None:
@@ -419,6 +476,9 @@ class SimWorker:
         for prefill, _ in chunks:
             if prefill.kv.num_tokens >= prefill.stop and prefill in self.queue:
                 self._end_prefill(prefill, now)
+            else:  # what is left of its work is what its place in the queue depends on
+                left = (prefill.stop - prefill.kv.num_tokens) / max(1, prefill.stop - prefill.start)
+                prefill.waiting.work_s = prefill.round.work_s * left
         self.stage_next(now)
         if not self._is_running:  # an ended round may have brought the next one, which started a segment
             self._start_segment(now)
@@ -459,6 +519,7 @@ class SimWorker:
     def _end_prefill(self, prefill: SimPrefill, now: float) -> None:
         round_ = prefill.round
         self.queue.remove(prefill)
+        del self.admitted[prefill]
         if self.policy.uses_windows:
             self.ttft.add(now, now - round_.sent_at)
         if prefill.is_local:
@@ -570,7 +631,7 @@ class SimWorker:
         if round_.entry:
             return True
         return any(
-            one.round is round_ and one.is_local and not one.is_restoring and one.kv.num_tokens for one in self.queue
+            one.round is round_ and one.is_local and not one.is_fetching and one.kv.num_tokens for one in self.queue
         )
 
     def _preempt(self, round_: SimRound, now: float) -> None:
@@ -582,11 +643,18 @@ class SimWorker:
             self._stop_decoding(round_)
             round_.attempt += 1
             round_.placed_at = round_.stopped_at = now
-            self.memory.shrink(kv, 0)
+            self.memory.swap_out(kv, now)
             prefill = self._make_prefill(round_, kv, is_local=True, now=now)
+            history = kv.num_tokens + kv.num_host_tokens
+            prefill.waiting.work_s = self.load.work_s(history, prefill.stop - history)
+            prefill.waiting.ttft_deadline = now + 2.0 * prefill.waiting.work_s + RESUME_S  # its client waits for a token
             self.queue.append(prefill)
             return
-        self.memory.shrink(kv, 0)
+        self.memory.swap_out(kv, now)
+        for prefill in self.queue:
+            if prefill.round is round_:
+                self.admitted.pop(prefill, None)
+                prefill.waiting.work_s = round_.work_s
 
     # --------------------------------------------------------------------------------- failure
 
@@ -605,6 +673,7 @@ class SimWorker:
         self._decoding.clear()
         self.queue.clear()
         self.unstaged.clear()
+        self.admitted.clear()
         self.joining.clear()
         self._finish.clear()
         self.batch = self.num_context_tokens = self.num_staged = 0

@@ -7,11 +7,11 @@ import functools
 import os
 from pathlib import Path
 
+from services.coordinator.config_flags import add_config_flags, read_config
 from services.coordinator.event_log import EventLog
 from services.coordinator.input_text import InputText
 from services.coordinator.service import CoordinatorService
 from shared.core.coordinator_config import CoordinatorConfig
-from shared.core.routing import POLICIES, RoutingParameters
 from shared.errors import AmpdError, ErrorCode
 from shared.log import get_logger
 from shared.nats_bus import connect_nats_bus
@@ -24,7 +24,6 @@ log = get_logger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    default = CoordinatorConfig()
     parser = argparse.ArgumentParser(
         prog="python -m services.coordinator",
         description="Serves the request API: binds sessions, routes prefills, keeps every session's durable record.",
@@ -35,32 +34,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nats-url", default=os.environ.get("AMPD_NATS_URL", "nats://127.0.0.1:4222"))
     add("--model-dir", type=Path, help="folder with the tokenizer; without it rounds are token ids only")
     add("--secret-file", type=Path, help="file with the cluster secret, hexadecimal; default: AMPD_CLUSTER_SECRET")
-    add("--policy", choices=sorted(POLICIES), default=default.policy, help="where prefills run")
-    add("--alpha", type=float, default=default.routing.alpha, help="share of the TTFT objective that is slack")
-    add("--beta", type=float, default=default.routing.beta, help="share of the ITL objective that is slack")
-    add("--max-sessions", type=int, default=default.max_sessions)
-    add("--max-sessions-per-tenant", type=int, default=default.max_sessions_per_tenant)
-    add("--max-rounds-in-flight", type=int, default=default.max_rounds_in_flight)
-    add("--max-attempts", type=int, default=default.max_attempts, help="placements of one round")
-    add("--max-deadline", type=float, default=default.max_deadline_s, metavar="S", help="longest deadline_s of a round")
-    add("--heartbeat-timeout", type=float, default=default.heartbeat_timeout_s, metavar="S")
     add("--event-log", type=Path, metavar="FILE", help="append every event, prompts included: for replay")
+    add_config_flags(parser)
     return parser
 
 
 def main() -> int:
     parser = build_parser()
     args = parser.parse_args()
-    for name in ("max_sessions", "max_sessions_per_tenant", "max_rounds_in_flight", "max_attempts"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("alpha", "beta", "max_deadline", "heartbeat_timeout"):
-        if not 0 < getattr(args, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
-    return run_service(functools.partial(run_coordinator, args=args), name="coordinator")
+    try:
+        config = read_config(args)
+    except AmpdError as error:
+        parser.error(error.message)
+    return run_service(functools.partial(run_coordinator, args=args, config=config), name="coordinator")
 
 
-async def run_coordinator(service: ServiceContext, *, args: argparse.Namespace) -> None:
+async def run_coordinator(service: ServiceContext, *, args: argparse.Namespace, config: CoordinatorConfig) -> None:
     """Serve until `service.stop`."""
     secret = read_cluster_secret(args.secret_file)
     text = InputText(TextCodec.load(args.model_dir) if args.model_dir is not None else None)
@@ -70,16 +59,7 @@ async def run_coordinator(service: ServiceContext, *, args: argparse.Namespace) 
         coordinator = CoordinatorService(
             bus,
             await JetStreamRecordLog.open(bus),
-            config=CoordinatorConfig(
-                policy=args.policy,
-                routing=RoutingParameters(alpha=args.alpha, beta=args.beta),
-                max_sessions=args.max_sessions,
-                max_sessions_per_tenant=args.max_sessions_per_tenant,
-                max_rounds_in_flight=args.max_rounds_in_flight,
-                max_attempts=args.max_attempts,
-                max_deadline_s=args.max_deadline,
-                heartbeat_timeout_s=args.heartbeat_timeout,
-            ),
+            config=config,
             secret=secret,
             text=text,
             on_crash=service.fail,
@@ -87,7 +67,7 @@ async def run_coordinator(service: ServiceContext, *, args: argparse.Namespace) 
             event_log=event_log,
         )
         await coordinator.start()
-        log.info("coordinator ready", policy=args.policy)
+        log.info("coordinator ready", policy=args.policy, disabled=args.disable, profile=args.profile or "measured")
         await service.stop.wait()
         await coordinator.stop()
     finally:

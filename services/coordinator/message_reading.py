@@ -14,7 +14,9 @@ from shared.messages import (
     ClientRequest,
     CloseSession,
     ErrorReply,
+    HistoryGranted,
     InspectSession,
+    KvStaged,
     NeedTokens,
     OpenSession,
     PrefillEnded,
@@ -57,10 +59,10 @@ def digest_request(request: SubmitRound) -> bytes:
     return hashlib.blake2b(encode(request), digest_size=16).digest()
 
 
-def read_report(data: bytes) -> RoundEnded | PrefillEnded | WorkerLeaving:
+def read_report(data: bytes) -> RoundEnded | PrefillEnded | KvStaged | WorkerLeaving:
     """A worker's report. Raises MALFORMED_MESSAGE."""
     message = decode(data)
-    if not isinstance(message, RoundEnded | PrefillEnded | WorkerLeaving):
+    if not isinstance(message, RoundEnded | PrefillEnded | KvStaged | WorkerLeaving):
         raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no worker's report")
     if isinstance(message, RoundEnded):
         is_whole = message.error is not None or (message.finish_reason is not None and message.usage is not None)
@@ -72,9 +74,9 @@ def read_report(data: bytes) -> RoundEnded | PrefillEnded | WorkerLeaving:
     return message
 
 
-def read_command_reply(data: bytes) -> RunRoundAck | NeedTokens | Ack | ErrorReply:
+def read_command_reply(data: bytes) -> RunRoundAck | NeedTokens | HistoryGranted | Ack | ErrorReply:
     """A worker's answer to a command. Raises MALFORMED_MESSAGE, INTERNAL."""
     reply = decode(data)
-    if not isinstance(reply, RunRoundAck | NeedTokens | Ack | ErrorReply):
+    if not isinstance(reply, RunRoundAck | NeedTokens | HistoryGranted | Ack | ErrorReply):
         raise AmpdError(ErrorCode.INTERNAL, f"the worker answered {type(reply).__name__}")
     return reply

@@ -51,6 +51,7 @@ from shared.log import get_logger
 from shared.messages import (
     Ack,
     Encoding,
+    ExplainSession,
     GetStatus,
     Heartbeat,
     Message,
@@ -125,6 +126,7 @@ class CoordinatorService:
                 subjects.COORDINATOR_EVENT, self._on_report, queue=QUEUE_GROUP, max_in_flight=max_requests
             ),
             await bus.subscribe(subjects.STATUS, self._on_status, queue=QUEUE_GROUP),
+            await bus.subscribe(subjects.EXPLAIN, self._on_explain, queue=QUEUE_GROUP),
             await bus.subscribe(
                 subjects.ALL_SESSION_REQUESTS, self._on_request, queue=QUEUE_GROUP, max_in_flight=max_requests
             ),
@@ -304,6 +306,15 @@ class CoordinatorService:
             raise AmpdError(ErrorCode.INVALID_REQUEST, 'this subject answers {"type":"get_status"} alone')
         status = self.core.describe_cluster(self._clock())
         await message.respond(encode(status, encoding_of(message.data)))
+
+    async def _on_explain(self, message: BusMessage) -> None:
+        request = decode(message.data)
+        if not isinstance(request, ExplainSession):
+            raise AmpdError(
+                ErrorCode.INVALID_REQUEST,
+                'this subject answers {"type":"explain_session","tenant":T,"session":S} alone',
+            )
+        await message.respond(encode(self.core.explain_session(request), encoding_of(message.data)))
 
     def _take_id(self) -> int:
         self._next_id += 1

@@ -15,16 +15,17 @@ from typing import get_args
 import structlog
 
 from services.worker.context import WorkerContext, WorkerLimits
+from services.worker.engines import load_engine
 from services.worker.outbox import Outbox
 from services.worker.runtime import WorkerRuntime
 from services.worker.streams import StreamPublisher
 from shared.engine.engine_loop import EngineLoop, build_scheduler
+from shared.engine.names import EngineName
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import Role
 from shared.nats_bus import connect_nats_bus
+from shared.policy_flags import add_policy_flags, build_policy, read_policy_options
 from shared.service import ServiceContext, run_service
-from shared.text import TextCodec
-from shared.transport.client import KvClient
 from shared.transport.leases import LeaseTable
 from shared.transport.server import KvServer
 
@@ -42,7 +43,11 @@ def build_parser(role: Role) -> argparse.ArgumentParser:
     add("--nats-url", default=os.environ.get("AMPD_NATS_URL", "nats://127.0.0.1:4222"))
     add("--worker-id", default="", help="unique name; default: role and host name with a random suffix")
     add("--role", choices=get_args(Role), default=role, help="which work it takes")
-    add("--model-dir", type=Path, required=True, help="Hugging Face model folder on disk")
+    add("--engine", choices=get_args(EngineName), default="torch", help="emulated: keeps the time of --profile")
+    add("--model-dir", type=Path, help="torch: Hugging Face model folder on disk")
+    add("--profile", default="", help="timings, by which emulated steps last: a name that ships, or a JSON file's path")
+    add("--time-scale", type=float, default=1.0, help="emulated: wall seconds per second of the profile")
+    add("--parallel-degree", type=int, default=1, help="emulated: devices of this worker")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--device", default="cpu", help="cpu or cuda[:N] (CUDA paths have not been run on a GPU yet)")
     add("--threads", type=int, default=1, help="CPU threads of the forward pass")
@@ -50,10 +55,12 @@ def build_parser(role: Role) -> argparse.ArgumentParser:
     add("--kv-memory-mb", type=float, default=1024, help="size of the KV pool")
     add("--block-size", type=int, default=16, help="tokens in a KV block")
     add("--max-context", type=int, default=0, help="0: what the model takes")
-    add("--chunk-tokens", type=int, default=128, help="prefill tokens in a step that also decodes")
-    add("--max-prefill-tokens", type=int, default=512, help="prefill tokens in a step that does not decode")
-    add("--max-batch", type=int, default=64, help="sequences in a step")
-    add("--reordering", choices=("window", "fcfs"), default="window", help="order of the prefill queue")
+    own = "0: the policy's option, else the engine's own"
+    add("--chunk-tokens", type=int, default=0, help=f"prefill tokens in a step that also decodes; {own}")
+    add("--max-prefill-tokens", type=int, default=0, help=f"in a step that does not decode; {own}")
+    add("--max-batch", type=int, default=0, help="sequences in a step; 0: the engine's own")
+    add_policy_flags(parser)
+    add("--host-kv-mb", type=float, default=0, help="host memory for evicted KV, if the policy has it; 0: the engine's")
     add("--lease-ttl", type=float, default=15.0, help="seconds a KV lease lives without renewal")
     add("--kv-listen", action="append", help="tcp://HOST:PORT or unix:///PATH, repeatable; default: both, local")
     add("--kv-advertise-host", default="", help="host name other workers reach the TCP socket by")
@@ -67,33 +74,22 @@ def main(role: Role) -> int:
 
 
 async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> None:
-    # torch takes seconds to import: after --help and argument errors
-    from shared.engine.kv_memory import blocks_in_memory
-    from shared.engine.model_runner import ModelRunner
-
     clock = time.monotonic
     worker_id = args.worker_id or f"{args.role}-{socket.gethostname()}-{secrets.token_hex(3)}"
     incarnation = secrets.randbits(63)
-    runner = ModelRunner.load(
-        args.model_dir,
-        dtype=args.dtype,
-        device=args.device,
-        threads=args.threads,
-        num_blocks=blocks_in_memory(
-            args.model_dir,
-            dtype=args.dtype,
-            device=args.device,
-            block_size=args.block_size,
-            kv_memory_bytes=int(args.kv_memory_mb * 1e6),
-        ),
-        block_size=args.block_size,
-        attention=args.attention,
+    options = read_policy_options(args.policy_option)
+    policy = build_policy(args.policy, args.disable, options)
+    engine = load_engine(args)
+    runner, chunk = engine.runner, policy.chunk
+    own_chunk = chunk.chunk_tokens if "routing.chunk.chunk_tokens" in options else engine.chunk_tokens
+    own_prefill = (
+        chunk.max_prefill_tokens if "routing.chunk.max_prefill_tokens" in options else engine.max_prefill_tokens
     )
     scheduler = build_scheduler(
         runner,
-        chunk_tokens=args.chunk_tokens,
-        max_prefill_tokens=args.max_prefill_tokens,
-        max_batch=args.max_batch,
+        chunk_tokens=args.chunk_tokens or own_chunk,
+        max_prefill_tokens=args.max_prefill_tokens or own_prefill,
+        max_batch=args.max_batch or engine.max_batch,
     )
     leases = LeaseTable(clock)
     secret = _cluster_secret()
@@ -104,7 +100,7 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
             runner.pool, leases, worker_id=worker_id, incarnation=incarnation, secret=secret, listen=listen
         )
         endpoints = _advertised(server.start(), args.kv_advertise_host)
-        client = KvClient(runner.pool, worker_id=worker_id, incarnation=incarnation)
+        client = engine.make_kv_client(worker_id, incarnation)
         context = WorkerContext(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -113,21 +109,27 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
             leases=leases,
             kv_client=client,
             kv_endpoints=endpoints,
-            codec=TextCodec.load(args.model_dir),
+            codec=engine.codec,
             outbox=Outbox(bus),
             streams=StreamPublisher(bus),
             clock=clock,
             max_context_tokens=min(args.max_context or runner.max_context_tokens, runner.max_context_tokens),
-            reordering=args.reordering,
+            policy=policy,
+            costs=engine.costs,
+            host_kv_bytes=int(args.host_kv_mb * 1e6) or engine.host_kv_bytes,
+            host_read_s=engine.host_read_s,
+            parallel_degree=engine.parallel_degree,
+            profile=engine.profile,
             limits=WorkerLimits(lease_ttl_s=args.lease_ttl),
         )
         try:
-            runtime = WorkerRuntime(context, role=args.role, model=args.model_dir.name)
+            runtime = WorkerRuntime(context, role=args.role, model=engine.model)
             await runtime.serve(service.stop, drain_timeout_s=args.drain_timeout)
         finally:
             await client.close()
             server.close()
             await bus.close()
+            engine.report_end()
 
 
 def _cluster_secret() -> bytes:

@@ -11,6 +11,8 @@ from services.worker.outbox import Outbox
 from services.worker.streams import StreamPublisher
 from shared import subjects
 from shared.bus import Bus
+from shared.core.policies import SchedulingPolicy, find_policy
+from shared.core.step_costs import StepCosts
 from shared.core.windows import SlidingWindow
 from shared.engine.engine_loop import EngineLoop
 from shared.errors import BusError
@@ -31,8 +33,10 @@ class WorkerLimits:
     peer_timeout_s: float = 2.0
     peer_attempts: int = 3
     kv_progress_timeout_s: float = 5.0
-    reorder_window: int = 3
-    max_postponements: int = 8
+    max_staged: int = 4  # prefills off the queue that pull or compute
+    max_residents: int = 1024  # sessions whose KV is kept for their next prefill
+    max_stagings: int = 8  # pulls ahead of a round
+    staging_timeout_s: float = 30.0
 
 
 @dataclass(eq=False)
@@ -49,7 +53,13 @@ class WorkerContext:
     streams: StreamPublisher
     clock: Callable[[], float]
     max_context_tokens: int
-    reordering: str = "window"
+    policy: SchedulingPolicy = field(default_factory=lambda: find_policy("ampd"))
+    costs: StepCosts | None = None  # of this worker's steps; None: not measured
+    host_kv_bytes: int = 0  # host memory for evicted KV, where the policy has a host tier
+    host_read_s: Callable[[int], float] | None = None  # emulated engine: how long reading n tokens back should last
+    parallel_degree: int = 1
+    profile: str = ""
+    node: str = ""
     limits: WorkerLimits = field(default_factory=WorkerLimits)
     ttft: SlidingWindow = field(default_factory=lambda: SlidingWindow(10.0, 4096))
     itl: SlidingWindow = field(default_factory=lambda: SlidingWindow(10.0, 16_384))

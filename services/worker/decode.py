@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
-from array import array
-from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import structlog
 
 from services.worker.context import WorkerContext
+from services.worker.kv_leases import describe_source, grant_history
+from services.worker.round_tokens import adopt_tokens, assemble_tokens, check_fits
 from services.worker.runs import Run
 from shared import subjects
-from shared.core.batching import Sequence, SequenceState, SessionKv
+from shared.core.reordering import WaitingPrefill
+from shared.core.resident_key import resident_key
+from shared.core.sequences import Sequence, SequenceState, SessionKv
 from shared.core.types import RoundKey, SessionKey
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.messages import (
@@ -22,8 +24,9 @@ from shared.messages import (
     CancelRun,
     DropSession,
     FinishReason,
+    GrantHistory,
+    HistoryGranted,
     KvOffer,
-    KvSource,
     Message,
     NeedTokens,
     PrefillDone,
@@ -32,7 +35,6 @@ from shared.messages import (
     RunRoundAck,
     error_reply,
 )
-from shared.transport.leases import Lease, LeaseEnd
 from shared.transport.receiver import PullRequest
 
 log = structlog.get_logger(__name__)
@@ -64,11 +66,8 @@ class DecodeRole:
     # --------------------------------------------------------------------------------- commands
 
     async def run_round(self, message: RunRound) -> Message:
-        context = self._context
-        if message.incarnation != context.incarnation:
-            raise AmpdError(
-                ErrorCode.WRONG_INCARNATION, f"this is incarnation {context.incarnation} of {context.worker_id}"
-            )
+        context, received_at = self._context, self._context.clock()
+        self._check_incarnation(message)
         held = self._hold(SessionKey(message.tenant, message.session))
         async with held.lock:
             if held.run is not None:
@@ -82,12 +81,13 @@ class DecodeRole:
             if context.draining:
                 raise AmpdError(ErrorCode.DRAINING, "the worker is stopping: place the round elsewhere")
             await self._stop_run(held)
-            tokens = self._assemble_tokens(held.kv, message)
+            tokens = assemble_tokens(held.kv, message)
             if isinstance(tokens, NeedTokens):
                 return tokens
-            self._check_fits(message, len(tokens))
-            self._adopt_tokens(held.kv, tokens)
-            held.run = self._start(held, message)
+            check_fits(context, message, len(tokens))
+            adopt_tokens(context.engine.scheduler, held.kv, tokens)
+            await self._engine.restore(held.kv, len(tokens) - 1)
+            held.run = self._start(held, message, received_at)
             return self._acknowledge(held.run, "started")
 
     async def cancel_run(self, message: CancelRun) -> Message:
@@ -113,13 +113,35 @@ class DecodeRole:
                 self._engine.scheduler.drop(key)
         return Ack()
 
+    async def grant_history(self, message: GrantHistory) -> Message:
+        """Let another worker read an idle session's KV ahead of its next round. Running work goes before it: the lease
+        ends before any of its blocks is given up."""
+        self._check_incarnation(message)
+        session = SessionKey(message.tenant, message.session)
+        held = self._sessions.get(session)
+        if held is None:
+            raise AmpdError(ErrorCode.KV_LEASE_INVALID, "nothing of this session is held here")
+        async with held.lock:
+            kv = held.kv
+            if held.run is not None and held.run.ended is None:
+                raise AmpdError(ErrorCode.KV_LEASE_INVALID, "a round of this session runs: it moves what it needs")
+            num_tokens = min(message.num_tokens, kv.num_kv)
+            if num_tokens == 0:
+                raise AmpdError(ErrorCode.KV_LEASE_INVALID, "the session's KV has been evicted")
+            if kv.revoke_lease is not None:
+                kv.revoke_lease()  # one at a time: a repeated command gets a new one
+            lease = grant_history(self._context, resident_key(session), kv, num_tokens)
+            kv.num_leased = num_tokens
+            kv.revoke_lease = partial(self._context.leases.release, lease.lease_id, lease.generation)
+        return HistoryGranted(num_tokens=num_tokens, history=describe_source(self._context, lease))
+
     async def kv_offer(self, message: KvOffer) -> Message:
-        """The prefill of a round has begun elsewhere: reserve blocks and pull its KV as it is computed."""
+        """The prefill of a round has begun elsewhere: reserve blocks and pull what is not here as it is computed."""
         run = self._waiting_run(message)
         if run.offered:
             return Ack()
         kv = run.sequence.kv
-        if (message.num_tokens_start, message.num_tokens_stop) != (run.num_cached_tokens, kv.num_tokens):
+        if message.num_tokens_start > run.num_cached_tokens or message.num_tokens_stop != kv.num_tokens:
             raise AmpdError(
                 ErrorCode.INVALID_REQUEST,
                 f"KV of tokens {run.num_cached_tokens} to {kv.num_tokens} is wanted, "
@@ -144,7 +166,7 @@ class DecodeRole:
                 lease_id=message.source.lease_id,
                 generation=message.source.generation,
                 block_table=tuple(kv.block_table),
-                token_start=message.num_tokens_start,
+                token_start=run.num_cached_tokens,
                 token_stop=message.num_tokens_stop,
                 progress_timeout_s=limits.kv_progress_timeout_s,
                 deadline_s=run.message.deadline_s,
@@ -162,6 +184,13 @@ class DecodeRole:
         return Ack()
 
     # ------------------------------------------------------------------------- starting a round
+
+    def _check_incarnation(self, message: RunRound | GrantHistory) -> None:
+        context = self._context
+        if message.incarnation != context.incarnation:
+            raise AmpdError(
+                ErrorCode.WRONG_INCARNATION, f"this is incarnation {context.incarnation} of {context.worker_id}"
+            )
 
     def _hold(self, key: SessionKey) -> HeldSession:
         held = self._sessions.get(key)
@@ -184,94 +213,47 @@ class DecodeRole:
         self._engine.scheduler.drop(oldest.kv.key)
         return True
 
-    def _assemble_tokens(self, kv: SessionKv, message: RunRound) -> array[int] | NeedTokens:
-        """The conversation's tokens: what is known here up to tokens_start, then those of the message."""
-        if kv.num_tokens < message.tokens_start:
-            return NeedTokens(num_known_tokens=kv.num_tokens)
-        prefix = kv.tokens[: message.tokens_start]
-        if zlib.crc32(prefix.tobytes()) != message.prefix_checksum:
-            return NeedTokens(num_known_tokens=0)
-        return prefix + array("i", message.token_ids)
-
-    def _check_fits(self, message: RunRound, num_tokens: int) -> None:
-        context = self._context
-        expected = message.num_history_tokens + message.num_input_tokens + message.num_forced_tokens
-        if num_tokens != expected or message.num_input_tokens < 1:
-            raise AmpdError(ErrorCode.INVALID_REQUEST, f"{num_tokens} tokens arrived, {expected} were announced")
-        allocator = self._engine.scheduler.allocator
-        longest = num_tokens - message.num_forced_tokens + message.stop.max_output_tokens
-        if num_tokens >= context.max_context_tokens:
-            raise AmpdError(
-                ErrorCode.CONTEXT_TOO_LONG, f"{num_tokens} tokens; the model takes {context.max_context_tokens}"
-            )
-        needed = allocator.blocks_for(min(longest, context.max_context_tokens))
-        if needed > allocator.num_usable:
-            raise AmpdError(
-                ErrorCode.CONTEXT_TOO_LONG,
-                f"the round needs up to {needed} KV blocks and this worker has {allocator.num_usable}: "
-                "ask for fewer output tokens, or start the worker with more --kv-memory-mb",
-            )
-
-    def _adopt_tokens(self, kv: SessionKv, tokens: array[int]) -> None:
-        """Keep the KV of the common prefix of old and new tokens; forget the rest."""
-        common = _common_prefix_length(kv.tokens, tokens)
-        kv.tokens = tokens
-        # at least one token is computed in every round: its logits give the first output token
-        self._engine.scheduler.truncate(kv, min(common, len(tokens) - 1))
-
-    def _start(self, held: HeldSession, message: RunRound) -> Run:
+    def _start(self, held: HeldSession, message: RunRound, received_at: float) -> Run:
         context, kv = self._context, held.kv
-        now = context.clock()
         key = RoundKey(message.tenant, message.session, message.round, message.attempt)
         sequence = Sequence(
             key=key,
             kv=kv,
             sampling=message.sampling,
             output_start=message.num_history_tokens + message.num_input_tokens,
-            arrival=now,
+            arrival=received_at,
             state=SequenceState.READY if message.remote is None else SequenceState.WAITING_KV,
+            waiting=WaitingPrefill(
+                key=key,
+                arrival=received_at,
+                session_arrival=received_at - message.session_age_s,
+                ttft_deadline=received_at + message.slo.ttft_s - message.waited_s,
+                work_s=0.0,  # the scheduler predicts it, step by step
+            ),
+            itl_slo_s=message.slo.itl_s,
         )
         run = Run(
             message=message,
             sequence=sequence,
             decoder=context.codec.stream_decoder(message.stop.stop),
             stream=subjects.round_stream(message.tenant, message.session, message.round),
-            received_at=now,
+            received_at=received_at,
             num_cached_tokens=kv.num_kv,
             num_streamed=message.num_forced_tokens,
         )
         for token in kv.tokens[sequence.output_start :]:
             run.decoder.push(token)  # delivered by an earlier attempt: only the decoder's state is wanted
         if message.remote is not None and kv.num_kv > 0:
-            run.history_lease = context.leases.grant(
-                key,
-                tuple(kv.block_table),
-                0,
-                kv.num_kv,
-                ttl_s=context.limits.lease_ttl_s,
-                on_end=_ignore_lease_end,
-                complete=True,
-                num_layers=self._engine.runner.layout.num_layers,
-            )
+            run.history_lease = grant_history(context, key, kv, kv.num_kv)
         self._engine.submit(sequence, lambda _, token: self._take_token(run, token))
         return run
 
     def _acknowledge(self, run: Run, state: Literal["started", "running", "finished"]) -> RunRoundAck:
-        lease, context = run.history_lease, self._context
-        history = None
-        if lease is not None:
-            history = KvSource(
-                worker_id=context.worker_id,
-                incarnation=context.incarnation,
-                endpoints=context.kv_endpoints,
-                lease_id=lease.lease_id,
-                generation=lease.generation,
-                ttl_s=lease.ttl_s,
-            )
+        lease = run.history_lease
         return RunRoundAck(
             state=state,
             num_cached_tokens=run.num_cached_tokens,
-            history=history,
+            history=describe_source(self._context, lease) if lease is not None else None,
             output_token_ids=run.ended.output_token_ids if run.ended else run.output_token_ids(),
         )
 
@@ -398,14 +380,3 @@ class DecodeRole:
         for held in list(self._sessions.values()):
             async with held.lock:
                 await self._stop_run(held)
-
-
-def _common_prefix_length(a: AbstractSequence[int], b: AbstractSequence[int]) -> int:
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    return next(i for i in range(length) if a[i] != b[i])
-
-
-def _ignore_lease_end(lease: Lease, end: LeaseEnd) -> None:
-    """The session holds the blocks of its history whether anybody reads them or not."""

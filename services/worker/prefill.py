@@ -1,7 +1,7 @@
 """The prefill role: a queue of prefill tasks, lazy read of their history, compute, and hand-over to the decode worker.
 
-Two tasks are off the queue at a time: one computes, the next one's history is being pulled meanwhile. The choice of
-the next task is made as late as that allows, so that reordering sees the whole queue.
+A few tasks are off the queue at a time: some compute together, the history of the next is pulled meanwhile. The choice
+of the next task is made as late as that allows, so that reordering sees the whole queue.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import structlog
 
 from services.worker.context import WorkerContext
 from services.worker.prefill_job import PrefillJob, PrefillSteps
-from shared.core.batching import SessionKv
-from shared.core.reordering import (
-    WaitingPrefill,
-    choose_first_come,
-    choose_next_prefill,
-    count_postponements,
-)
+from services.worker.residents import Residents
+from services.worker.staging import KvStaging
+from shared.core.reordering import PrefillOrder, WaitingPrefill
+from shared.core.sequences import SessionKv
 from shared.core.types import RoundKey, SessionKey
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import (
@@ -33,6 +30,7 @@ from shared.messages import (
     Message,
     PrefillTask,
     QueuedPrefill,
+    StageKv,
     error_reply,
 )
 
@@ -47,8 +45,11 @@ class PrefillRole:
         self._jobs: dict[RoundKey, PrefillJob] = {}  # queued, staged, computing or delivering
         self._ended: deque[RoundKey] = deque(maxlen=1024)  # a repeated command must not run a task twice
         self._changed = asyncio.Event()
-        self._stage_slots = asyncio.Semaphore(2)
+        self._staged: set[PrefillJob] = set()  # off the queue and not computed yet
+        self._order = PrefillOrder(context.policy.order)
         self._steps = PrefillSteps(context)
+        self.residents = Residents(context.engine, max_residents=context.limits.max_residents)
+        self._staging = KvStaging(context, self.residents, self._has_job, self._changed.set)
 
     @property
     def num_waiting(self) -> int:
@@ -65,7 +66,7 @@ class PrefillRole:
         entries = tuple(
             QueuedPrefill(
                 session=job.message.session,
-                num_history_tokens=job.message.num_cached_tokens,
+                num_history_tokens=job.num_history_tokens,
                 num_new_tokens=job.num_new_tokens,
                 waiting_s=now - job.received_at,
             )
@@ -95,17 +96,25 @@ class PrefillRole:
         self._changed.set()
         return Ack()
 
+    async def stage_kv(self, message: StageKv) -> Message:
+        return await self._staging.stage_kv(message)
+
+    def _has_job(self, session: SessionKey) -> bool:
+        return any(job.session == session for job in self._jobs.values())
+
     async def cancel_run(self, message: CancelRun) -> None:
         await self._cancel_where(SessionKey(message.tenant, message.session), (message.round, message.attempt + 1))
 
     async def drop_session(self, message: DropSession) -> None:
-        await self._cancel_where(SessionKey(message.tenant, message.session), None)
+        session = SessionKey(message.tenant, message.session)
+        await self._staging.cancel(session)
+        await self._cancel_where(session, None)
+        self.residents.drop(session)
 
     async def _cancel_where(self, session: SessionKey, before: tuple[int, int] | None) -> None:
         """Cancel the session's tasks with (round, attempt) < before (None: all); returns when their blocks are back."""
         for job in list(self._jobs.values()):
-            key = job.key
-            if (key.tenant, key.session) == session and (before is None or (key.round, key.attempt) < before):
+            if job.session == session and (before is None or (job.key.round, job.key.attempt) < before):
                 await self._cancel(job)
 
     async def _cancel(self, job: PrefillJob) -> None:
@@ -118,32 +127,30 @@ class PrefillRole:
         job.runner.cancel()
         await asyncio.wait([job.runner])
         if job.key in self._jobs:  # cancelled before its first step: its own clean-up never ran
-            self._stage_slots.release()
             await self._clean_up(job)
 
     def _admit(self, message: PrefillTask, key: RoundKey) -> PrefillJob:
         context = self._context
         now = context.clock()
-        tokens = array("i", message.token_ids)
         job = PrefillJob(
             message=message,
             key=key,
-            kv=SessionKv(
-                key=SessionKey(message.tenant, message.session), tokens=tokens, tokens_base=message.num_cached_tokens
-            ),
+            tokens=array("i", message.token_ids),
             received_at=now,
             deadline_at=now + message.deadline_s,
             waiting=WaitingPrefill(
                 key=key,
+                arrival=now,
+                session_arrival=now - message.session_age_s,
                 ttft_deadline=now + message.slo.ttft_s - message.waited_s,
-                num_history_tokens=message.num_cached_tokens,
-                num_new_tokens=len(tokens),
+                work_s=0.0,
             ),
         )
-        if not tokens:
+        if not job.tokens:
             raise AmpdError(ErrorCode.INVALID_REQUEST, "a prefill task needs at least one token to compute")
-        if message.num_cached_tokens and message.history is None:
-            raise AmpdError(ErrorCode.INVALID_REQUEST, "the task has cached tokens and no source for their KV")
+        if message.num_cached_tokens and message.history is None and self.residents.find(job.session) is None:
+            raise AmpdError(ErrorCode.KV_LEASE_INVALID, "the task's history is not here, and no source of it is named")
+        job.waiting.work_s = self._engine.scheduler.predictor.prefill_s(job.num_history_tokens, job.num_new_tokens)
         if job.num_tokens >= context.max_context_tokens:
             raise AmpdError(
                 ErrorCode.CONTEXT_TOO_LONG, f"{job.num_tokens} tokens; the model takes {context.max_context_tokens}"
@@ -161,70 +168,81 @@ class PrefillRole:
     async def run(self) -> None:
         """Take tasks off the queue, for ever."""
         while True:
-            await self._stage_slots.acquire()
-            job = await self._next_job()
+            job = self._take_next()
+            if job is None:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
             job.runner = self._context.spawn(self._run_job(job), f"prefill:{job.key.session}")
 
-    async def _next_job(self) -> PrefillJob:
-        """The job that reordering puts first, once its blocks can be had."""
-        while True:
-            if self._queue:
-                index = self._choose()
-                job = self._queue[index]
-                if self._engine.scheduler.reserve(job.kv, job.num_tokens):
-                    job.kv.pinned = True
-                    self._engine.scheduler.sessions[job.key] = job.kv
-                    count_postponements([job.waiting for job in self._queue], index)
-                    del self._queue[index]
-                    return job
-            self._changed.clear()
-            await self._changed.wait()
+    def _take_next(self) -> PrefillJob | None:
+        """The first in order whose blocks can be had, once it is time to pull its history."""
+        if not self._queue or not self._has_room():
+            return None
+        now = self._context.clock()
+        queue = [job.waiting for job in self._queue]
+        # what is staged runs before it
+        order = self._order.order(queue, now + sum(job.waiting.work_s for job in self._staged))
+        for index in order:
+            job = self._queue[index]
+            kv = self.residents.find(job.session) or SessionKv(job.session, resident=True)
+            if self._engine.reserve_idle(kv, job.num_tokens):
+                break
+            self._staging.give_way()
+            if self._order.is_strict(job.waiting, now):
+                return None
+        else:
+            return None
+        self.residents.take(kv, job.key)
+        job.kv = kv
+        self._order.note_started(queue, index)
+        self._order.note_turn(job.waiting, now)
+        del self._queue[index]
+        self._staged.add(job)
+        return job
 
-    def _choose(self) -> int:
-        context, rate = self._context, self._engine.prefill_tokens_per_s
-        waiting = [job.waiting for job in self._queue]
-
-        def predict_prefill_s(num_history_tokens: int, num_new_tokens: int) -> float:
-            return num_new_tokens / rate if rate > 0 else 0.0
-
-        if context.reordering == "fcfs":
-            return choose_first_come(waiting, context.clock(), predict_prefill_s)
-        return choose_next_prefill(
-            waiting,
-            context.clock(),
-            predict_prefill_s,
-            window=context.limits.reorder_window,
-            max_postponements=context.limits.max_postponements,
+    def _has_room(self) -> bool:
+        """Whether one more task is to be staged: as few as keep the next step full while a history is pulled."""
+        num_staged = len(self._staged)
+        if num_staged < 2:
+            return True
+        num_tokens = sum(job.num_new_tokens for job in self._staged)
+        return (
+            num_staged < self._context.limits.max_staged
+            and num_tokens < 2 * self._engine.scheduler.chunk.max_prefill_tokens
         )
 
     # ----------------------------------------------------------------------------- one job's life
 
     async def _run_job(self, job: PrefillJob) -> None:
         error: AmpdError | None = None
-        holds_slot = True
         try:
             async with asyncio.timeout(max(0.0, job.deadline_at - self._context.clock())):
+                await self._staging.wait(job.session)
+                await self._steps.claim(job)
                 await self._steps.pull_history(job)
                 await self._steps.compute(job)
-                holds_slot = False
-                self._stage_slots.release()
+                self._staged.discard(job)
+                self._changed.set()
                 await self._steps.hand_over(job)
         except TimeoutError:
             error = AmpdError(ErrorCode.DEADLINE_EXCEEDED, "the prefill's deadline has passed")
         except AmpdError as operating_error:
             error = operating_error
         finally:
-            if holds_slot:
-                self._stage_slots.release()
             await asyncio.shield(self._clean_up(job))
         self._report(job, error)
 
     async def _clean_up(self, job: PrefillJob) -> None:
-        """Give back what the job holds; on return nothing reads or writes its blocks."""
+        """Give back what the job holds, or keep it for the next; on return nothing reads or writes its blocks."""
+        await self._staging.cancel(job.session)
         await self._steps.abandon(job)
-        job.kv.pinned = False
-        self._engine.scheduler.drop(job.key)
+        if job.kv is not None:
+            if job.claimed:
+                del job.kv.tokens[len(job.tokens) :]  # the first output token, if it got that far
+            self.residents.keep(job.kv, job.key, wanted=job.message.keep or not job.claimed)
         self._engine.wake()
+        self._staged.discard(job)
         del self._jobs[job.key]
         self._changed.set()
 
@@ -233,7 +251,12 @@ class PrefillRole:
         if error is not None:
             log.warning("prefill_failed", session=job.key.session, round=job.key.round, error=str(error))
         context = self._context
-        context.outbox.send(job.ended_message(context, error_reply(error) if error is not None else None))
+        kept = self.residents.find(job.session)
+        context.outbox.send(
+            job.ended_message(
+                context, error_reply(error) if error is not None else None, kept.num_kv if kept is not None else 0
+            )
+        )
 
     # ------------------------------------------------------------------------------------ leases
 
@@ -244,8 +267,9 @@ class PrefillRole:
             if lease is not None and not job.lease_ended.done():
                 with contextlib.suppress(AmpdError):  # it has ended this moment: lease_ended tells
                     self._context.leases.renew(lease.lease_id, lease.generation)
-            elif history is not None and job.pull is None:
+            elif history is not None and not job.pulled:
                 await self._renew_history(job, history)
+        await self._staging.renew_leases()
 
     async def _renew_history(self, job: PrefillJob, history: KvSource) -> None:
         renew = KvRenew(lease_id=history.lease_id, generation=history.generation)
@@ -268,5 +292,6 @@ class PrefillRole:
         self._report(job, error)
 
     async def close(self) -> None:
+        await self._staging.close()
         for job in list(self._jobs.values()):
             await self._cancel(job)

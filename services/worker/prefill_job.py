@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.worker.context import WorkerContext
-from shared.core.batching import Sequence, SessionKv
+from services.worker.kv_leases import describe_source
+from services.worker.residents import count_common_tokens
 from shared.core.reordering import WaitingPrefill
-from shared.core.types import RoundKey, Segment
+from shared.core.sequences import Sequence, SessionKv
+from shared.core.types import RoundKey, Segment, SessionKey
 from shared.errors import AmpdError, ErrorCode
-from shared.messages import ErrorReply, KvOffer, KvSource, PrefillDone, PrefillEnded, PrefillTask
+from shared.messages import ErrorReply, KvOffer, PrefillDone, PrefillEnded, PrefillTask
 from shared.transport.client import Pull
 from shared.transport.leases import Lease, LeaseEnd
 from shared.transport.receiver import PullRequest
@@ -23,28 +26,46 @@ class PrefillJob:
 
     message: PrefillTask
     key: RoundKey
-    kv: SessionKv
+    tokens: array[int]  # of the prompt, from message.num_cached_tokens on
     received_at: float
     deadline_at: float
     waiting: WaitingPrefill  # as reordering sees it
+    kv: SessionKv | None = None  # set once it is off the queue; its tokens are the prompt's once it is `claimed`
+    claimed: bool = False
+    num_reused_tokens: int = 0  # of KV that was here already
     runner: asyncio.Task[None] | None = None  # set once it is off the queue
     pull: Pull | None = None
+    pulled: bool = False  # all KV of the history is here
     kv_bytes_read: int = 0
     transfer_s: float = 0.0
     compute_started_at: float = 0.0
     compute_ended_at: float = 0.0
     sequence: Sequence | None = None
     lease: Lease | None = None  # on the increment, for the decode worker
+    started: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     first_token: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     lease_ended: asyncio.Future[LeaseEnd] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
-    def num_new_tokens(self) -> int:
-        return len(self.message.token_ids) // 4
+    def session(self) -> SessionKey:
+        return SessionKey(self.key.tenant, self.key.session)
 
     @property
     def num_tokens(self) -> int:
-        return self.message.num_cached_tokens + self.num_new_tokens
+        """Of the whole prompt."""
+        return self.message.num_cached_tokens + len(self.tokens)
+
+    @property
+    def num_history_tokens(self) -> int:
+        """Tokens that it need not compute: believed until the job is claimed, then known."""
+        resident = self.message.resident
+        expected = resident.num_tokens if resident is not None else 0
+        held = self.num_reused_tokens if self.claimed else min(expected, self.num_tokens - 1)
+        return max(self.message.num_cached_tokens, held)
+
+    @property
+    def num_new_tokens(self) -> int:
+        return self.num_tokens - self.num_history_tokens
 
     @property
     def queued_s(self) -> float:
@@ -58,7 +79,7 @@ class PrefillJob:
         if not self.lease_ended.done():
             self.lease_ended.set_result(end)
 
-    def ended_message(self, context: WorkerContext, error: ErrorReply | None) -> PrefillEnded:
+    def ended_message(self, context: WorkerContext, error: ErrorReply | None, num_resident_tokens: int) -> PrefillEnded:
         message = self.message
         return PrefillEnded(
             tenant=message.tenant,
@@ -73,24 +94,46 @@ class PrefillJob:
             transfer_s=self.transfer_s,
             prefill_s=self.prefill_s,
             kv_bytes_read=self.kv_bytes_read,
+            num_resident_tokens=num_resident_tokens,
+            num_reused_tokens=self.num_reused_tokens,
         )
 
 
 class PrefillSteps:
-    """The steps of a job's life, in order: pull_history, compute, hand_over; abandon always.
+    """The steps of a job's life, in order: claim, pull_history, compute, hand_over; abandon always.
 
-    One job computes at a time; others pull or hand over meanwhile.
+    Several jobs may be at any step; the engine computes those that are ready together.
     """
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._engine = context.engine
-        self._compute = asyncio.Lock()
-        self._compute_free_at = 0.0
+        self._num_computing = 0
+        self._compute_idle_since = 0.0
+
+    async def claim(self, job: PrefillJob) -> None:
+        """Find out how much KV of the prompt the job's blocks hold already, host memory included.
+
+        Raises AmpdError KV_LEASE_INVALID if what is missing of the history cannot be had anywhere.
+        """
+        kv, message = job.kv, job.message
+        assert kv is not None
+        usable = min(count_common_tokens(kv, message, job.tokens), job.num_tokens - 1)
+        if usable >= kv.num_kv:
+            await self._engine.restore(kv, usable)
+        kv.num_kv = job.num_reused_tokens = min(kv.num_kv, usable)
+        kv.tokens, kv.tokens_base, kv.checksum = job.tokens[:], message.num_cached_tokens, message.prefix_checksum
+        job.claimed = True
+        job.pulled = kv.num_kv >= message.num_cached_tokens
+        if not job.pulled and message.history is None:
+            raise AmpdError(
+                ErrorCode.KV_LEASE_INVALID,
+                f"KV of tokens {kv.num_kv} to {message.num_cached_tokens} is neither here nor to be had elsewhere",
+            )
 
     async def pull_history(self, job: PrefillJob) -> None:
-        history = job.message.history
-        if history is None:
+        history, kv = job.message.history, job.kv
+        if job.pulled or history is None or kv is None:
             return
         started_at = self._context.clock()
         limits = self._context.limits
@@ -103,8 +146,8 @@ class PrefillSteps:
                 source_incarnation=history.incarnation,
                 lease_id=history.lease_id,
                 generation=history.generation,
-                block_table=tuple(job.kv.block_table),
-                token_start=0,
+                block_table=tuple(kv.block_table),
+                token_start=kv.num_kv,
                 token_stop=job.message.num_cached_tokens,
                 progress_timeout_s=limits.kv_progress_timeout_s,
                 deadline_s=max(0.1, job.deadline_at - started_at),
@@ -112,41 +155,52 @@ class PrefillSteps:
         )
         result = await job.pull.wait()
         self._context.observe_pull(result)
+        job.pulled = True
         job.kv_bytes_read = result.num_bytes
-        job.kv.num_kv = job.message.num_cached_tokens
-        if not self._compute.locked():  # compute stood idle for it
-            job.transfer_s = self._context.clock() - max(started_at, self._compute_free_at)
+        kv.num_kv = job.message.num_cached_tokens
+        if self._num_computing == 0:  # compute stood idle for it
+            job.transfer_s = self._context.clock() - max(started_at, self._compute_idle_since)
 
     async def compute(self, job: PrefillJob) -> None:
         """Compute the increment; each layer is published to the decode worker as soon as it is ready."""
-        async with self._compute:
-            await self._compute_alone(job)
-            self._compute_free_at = self._context.clock()
+        self._num_computing += 1
+        try:
+            await self._compute(job)
+        finally:
+            self._num_computing -= 1
+            self._compute_idle_since = self._context.clock()
 
-    async def _compute_alone(self, job: PrefillJob) -> None:
-        context, message = self._context, job.message
-        job.compute_started_at = context.clock()
+    async def _compute(self, job: PrefillJob) -> None:
+        context, message, kv = self._context, job.message, job.kv
+        assert kv is not None
+        num_layers = self._engine.runner.layout.num_layers
         job.lease = lease = context.leases.grant(
             job.key,
-            tuple(job.kv.block_table),
+            tuple(kv.block_table),
             message.num_cached_tokens,
             job.num_tokens,
             ttl_s=context.limits.lease_ttl_s,
             on_end=self._lease_end_handler(job),
             complete=False,
-            num_layers=self._engine.runner.layout.num_layers,
+            num_layers=num_layers,
         )
+        if kv.num_kv > message.num_cached_tokens:  # the decode worker has lost what is still here
+            lease.publish(Segment(0, num_layers, message.num_cached_tokens, kv.num_kv))
         job.sequence = sequence = Sequence(
             key=job.key,
-            kv=job.kv,
+            kv=kv,
             sampling=message.sampling,
             output_start=job.num_tokens - message.num_forced_tokens,
             arrival=job.received_at,
             preemptible=False,
             on_layer=lambda layer, start, stop: lease.publish(Segment(layer, layer + 1, start, stop)),
+            on_start=lambda: self._note_start(job),
+            waiting=job.waiting,
+            itl_slo_s=message.slo.itl_s,
         )
         self._engine.submit(sequence, lambda ended, token: self._take_first_token(job, ended, token))
         try:
+            await job.started
             # the offer travels while the first layers are computed
             await context.ask_peer(message.decode_worker, self._offer(job, lease))
             await job.first_token
@@ -155,6 +209,11 @@ class PrefillSteps:
         lease.finish()
         now = context.clock()
         context.ttft.add(now, message.waited_s + now - job.received_at)
+
+    def _note_start(self, job: PrefillJob) -> None:
+        job.compute_started_at = self._context.clock()
+        if not job.started.done():
+            job.started.set_result(None)
 
     def _take_first_token(self, job: PrefillJob, sequence: Sequence, token: int) -> None:
         self._engine.finish(sequence)
@@ -171,14 +230,7 @@ class PrefillSteps:
             attempt=message.attempt,
             num_tokens_start=message.num_cached_tokens,
             num_tokens_stop=job.num_tokens,
-            source=KvSource(
-                worker_id=context.worker_id,
-                incarnation=context.incarnation,
-                endpoints=context.kv_endpoints,
-                lease_id=lease.lease_id,
-                generation=lease.generation,
-                ttl_s=lease.ttl_s,
-            ),
+            source=describe_source(context, lease),
         )
 
     def _lease_end_handler(self, job: PrefillJob) -> Callable[[Lease, LeaseEnd], None]:
@@ -213,7 +265,9 @@ class PrefillSteps:
 
     async def abandon(self, job: PrefillJob) -> None:
         """On return no forward pass and no transfer touches the job's blocks; what was complete is left as it is."""
-        if job.sequence is not None:  # `compute` removes it too, but may be cancelled while it waits for the step's end
+        if (
+            job.sequence is not None
+        ):  # `_compute` removes it too, but may be cancelled while it waits for the step's end
             await self._engine.remove(job.sequence)
         if job.pull is not None:
             await job.pull.cancel()

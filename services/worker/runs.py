@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.core.batching import Sequence
+from shared.core.sequences import Sequence
 from shared.core.types import RoundKey
 from shared.messages import (
     Encoding,

@@ -18,6 +18,7 @@ from shared.messages import (
     Ack,
     CancelRun,
     DropSession,
+    GrantHistory,
     Heartbeat,
     KvOffer,
     KvRenew,
@@ -26,6 +27,7 @@ from shared.messages import (
     PrefillTask,
     Role,
     RunRound,
+    StageKv,
     WorkerLeaving,
     decode,
     encode,
@@ -34,6 +36,7 @@ from shared.messages import (
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_S = 0.5
+MAX_EVICTED_TOLD = 256  # in one heartbeat; the others are told in the next
 
 
 class WorkerRuntime:
@@ -43,6 +46,9 @@ class WorkerRuntime:
         self.context = context
         self.role: Role = role
         self._model = model
+        context.engine.follow(
+            context.policy, context.costs, host_kv_bytes=context.host_kv_bytes, host_read_s=context.host_read_s
+        )
         self.decode = DecodeRole(context)
         self.prefill = PrefillRole(context)
         self._heartbeat_seq = 0
@@ -143,6 +149,12 @@ class WorkerRuntime:
             case PrefillTask():
                 self._require(self.role != "decode", "prefill")
                 return await self.prefill.prefill_task(message)
+            case GrantHistory():
+                self._require(self.role != "prefill", "decode")
+                return await self.decode.grant_history(message)
+            case StageKv():
+                self._require(self.role != "decode", "prefill")
+                return await self.prefill.stage_kv(message)
             case CancelRun():
                 await self.prefill.cancel_run(message)
                 return await self.decode.cancel_run(message)
@@ -182,6 +194,7 @@ class WorkerRuntime:
         runner, scheduler = context.engine.runner, context.engine.scheduler
         now = context.clock()
         queue, queue_num_tokens = self.prefill.queue_metadata()
+        residents = self.prefill.residents
         self._heartbeat_seq += 1
         return Heartbeat(
             worker_id=context.worker_id,
@@ -209,4 +222,15 @@ class WorkerRuntime:
             decode_step_s=context.engine.decode_step_s,
             kv_bytes_per_s=context.kv_bytes_per_s,
             draining=context.draining,
+            parallel_degree=context.parallel_degree,
+            profile=context.profile,
+            node=context.node,
+            num_resident_tokens=residents.num_tokens,
+            evicted=residents.collect_lost(MAX_EVICTED_TOLD),
+            num_host_tokens=context.engine.host_tier.num_tokens if context.engine.host_tier is not None else 0,
         )
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between steps: of blocks, kept KV and host memory."""
+        self.context.engine.scheduler.check_integrity()
+        self.prefill.residents.check_integrity()

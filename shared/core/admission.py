@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from shared.core.routing import OptionEstimate, RoutingDecision
 from shared.core.session import Session
 from shared.core.state import State
 from shared.core.token_bytes import check_token_ids, count_tokens
@@ -19,6 +20,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_KEY_LENGTH = 256
 MAX_TEMPERATURE = 100.0
 RETRY_AFTER_S = 1.0
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 30.0
 
 
 def _require(holds: bool, message: str) -> None:
@@ -90,6 +92,38 @@ def admit_round(state: State) -> None:
             f"{limit} rounds are in flight, the limit of this cluster: try again later",
             retry_after_s=RETRY_AFTER_S,
         )
+
+
+def admit_ttft(state: State, decision: RoutingDecision, slo: Slo, waited_s: float) -> None:
+    """Refuse a session's first round that would wait far past its TTFT objective, whatever its best option.
+
+    Only a wait is a reason: a prompt that is late on an idle cluster too is let in, since coming back does not help.
+    """
+    if not state.config.scheduling.admission:
+        return
+    patience_s = slo.ttft_s - waited_s
+    ttft_s, queue_s = min(_predict_ttft(state, option, patience_s) for option in decision.options)
+    limit_s = state.config.admission_factor * slo.ttft_s
+    if waited_s + ttft_s <= limit_s or ttft_s - queue_s > limit_s:
+        return
+    state.counters["rounds_not_admitted"] += 1
+    excess_s = min(queue_s, ttft_s - patience_s)
+    raise AmpdError(
+        ErrorCode.OVERLOADED,
+        f"the first token would come after {waited_s + ttft_s:.3g} s, more than "
+        f"{state.config.admission_factor:g} times the objective of {slo.ttft_s:g} s: try again later, or set a larger "
+        "slo.ttft_s",
+        retry_after_s=max(MIN_RETRY_S, min(MAX_RETRY_S, excess_s)),
+    )
+
+
+def _predict_ttft(state: State, option: OptionEstimate, patience_s: float) -> tuple[float, float]:
+    """(time to the first token, of it waiting): a round that cannot be on time may wait for all that is queued there,
+    whatever stands before it by deadline."""
+    if option.total_s <= patience_s:
+        return option.total_s, option.queue_s
+    queue_s = max(option.queue_s, state.fleet.workers[option.worker_id].load.wait_s(state.now))
+    return option.total_s - option.queue_s + queue_s, queue_s
 
 
 def explain_no_placement(state: State, model: str, num_needed_tokens: int) -> AmpdError:

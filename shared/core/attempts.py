@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from shared.core.endings import cancel_at_workers, fail_round, finish_from_stream
 from shared.core.fleet import WorkerState
-from shared.core.placement import choose_placement, occupy_workers
-from shared.core.records import AttemptStartedEntry
+from shared.core.placement import bind_session, choose_placement, count_prefill, occupy_workers
+from shared.core.records import AttemptStartedEntry, WorkerRef
+from shared.core.residency import describe_resident, doubt_worker, expect_resident
 from shared.core.session import RoundInFlight, Session
 from shared.core.state import State, needed_growth
 from shared.core.token_bytes import TOKEN_BYTES, count_tokens
@@ -90,6 +91,8 @@ def _send_run_round(state: State, session: Session, running: RoundInFlight, work
             remote=None
             if remote is None
             else RemotePrefill(worker_id=remote.worker_id, incarnation=remote.incarnation),
+            waited_s=state.now - running.received_at,
+            session_age_s=state.now - session.opened_at,
         ),
     )
 
@@ -108,7 +111,9 @@ def note_run_round_ack(state: State, session: Session, ack: RunRoundAck) -> None
     has_output = len(ack.output_token_ids) > len(running.forced)
     running.phase = "decoding" if has_output or running.ended_at_worker else "prefilling"
     if has_output:
-        end_prefill(state, session, running)
+        begin_decoding(state, session, running)
+    elif running.prefill is None:
+        _recount_prefill(state, session, running.decode, ack.num_cached_tokens)
     elif running.prefill is not None and not running.prefill_sent and not running.ended_at_worker:
         _send_prefill_task(state, session, running, ack)
     state.set_timer(session)
@@ -126,13 +131,16 @@ def _send_prefill_task(state: State, session: Session, running: RoundInFlight, a
             state, session, lost_worker_error(running.prefill.worker_id), avoid=running.prefill.worker_id
         )
         return
-    num_forced = count_tokens(running.forced)
-    num_total = session.num_tokens + running.num_input_tokens + num_forced
+    num_total = count_prompt(session, running)
+    reads_history = ack.history is not None and state.config.scheduling.routing.reads_history
     # At least one token is computed: the first output token comes out of it.
-    num_cached = 0 if ack.history is None else min(ack.num_cached_tokens, num_total - 1)
-    running.num_cached_tokens = num_cached
+    num_cached = min(ack.num_cached_tokens, num_total - 1) if reads_history else 0
     running.prefill_sent = True
-    started = running.started
+    started, keep = running.started, state.config.scheduling.keeps_resident
+    resident = describe_resident(session, worker.ref, num_total) if keep else None
+    _recount_prefill(state, session, worker.ref, max(num_cached, resident.num_tokens if resident is not None else 0))
+    if keep:
+        expect_resident(state, session, worker.ref)
     state.send(
         worker,
         session.key,
@@ -144,7 +152,7 @@ def _send_prefill_task(state: State, session: Session, running: RoundInFlight, a
             incarnation=worker.incarnation,
             num_cached_tokens=num_cached,
             token_ids=session.conversation_from(num_cached),
-            num_forced_tokens=num_forced,
+            num_forced_tokens=count_tokens(running.forced),
             sampling=started.sampling,
             slo=started.slo,
             waited_s=state.now - running.received_at,
@@ -152,15 +160,42 @@ def _send_prefill_task(state: State, session: Session, running: RoundInFlight, a
             history=ack.history if num_cached > 0 else None,
             decode_worker=running.decode.worker_id,
             decode_incarnation=running.decode.incarnation,
+            prefix_checksum=session.checksum_until(num_cached),
+            resident=resident,
+            keep=keep,
+            session_age_s=state.now - session.opened_at,
         ),
     )
 
 
+def count_prompt(session: Session, running: RoundInFlight) -> int:
+    """Tokens that the prefill of the newest attempt ends with: history, input, forced output."""
+    return session.num_tokens + running.num_input_tokens + count_tokens(running.forced)
+
+
+def _recount_prefill(state: State, session: Session, ref: WorkerRef, num_held: int) -> None:
+    """The worker's KV is not what was expected when the prefill was routed: it has more or less to compute."""
+    running = session.in_flight
+    worker = state.fleet.find(ref)
+    assert running is not None
+    num_total = count_prompt(session, running)
+    num_new = max(1, num_total - num_held)
+    if worker is not None and session.key in worker.load.prefills and num_new != running.num_prefill_tokens:
+        count_prefill(state, session, worker, num_total=num_total, num_new=num_new)
+
+
+def begin_decoding(state: State, session: Session, running: RoundInFlight) -> None:
+    """The first token is there: the prefill no longer loads its worker, the round joins the decode worker's batch."""
+    end_prefill(state, session, running)
+    worker = state.fleet.find(running.decode)
+    if worker is not None and session.key in worker.load.active:
+        worker.load.begin_decoding(session.key, count_prompt(session, running))
+
+
 def end_prefill(state: State, session: Session, running: RoundInFlight) -> None:
-    """The prefill no longer loads its worker."""
     worker = state.fleet.find(running.prefill or running.decode)
     if worker is not None:
-        worker.end_prefill(session.key)
+        worker.load.end_prefill(session.key, state.now)
 
 
 # ------------------------------------------------------------------------------- failing
@@ -176,8 +211,9 @@ def lose_worker(state: State, worker: WorkerState) -> None:
     state.counters["workers_lost"] += 1
     error = lost_worker_error(worker.worker_id)
     for key in sorted(worker.owed_drops):
-        state.purge(key)
-    for key in [*worker.running, *worker.prefills]:
+        state.note_dropped(key, worker.ref)
+    doubt_worker(state, worker.ref)
+    for key in [*worker.load.active, *worker.load.prefills]:
         session = state.sessions.get(key)
         running = session.in_flight if session is not None else None
         if session is None or running is None:
@@ -244,12 +280,14 @@ def place_next_attempt(state: State, session: Session) -> None:
         num_new_tokens=running.num_input_tokens + count_tokens(forced),
         num_needed_tokens=session.num_tokens + needed_growth(running),
         slo=running.started.slo,
+        waited_s=state.now - running.received_at,
         avoid=running.avoid,
         force_local=running.num_remote_failures >= MAX_REMOTE_FAILURES,
     )
     if placement is None:
         _wait_for_worker(state, session, running)
         return
+    bind_session(state, session, placement.decode)
     state.append(
         session,
         AttemptStartedEntry(

@@ -1,79 +1,43 @@
 """What goes into the next forward pass: continuous batching with chunked prefill, eviction and preemption.
 
-Decoding sequences go first, one token each; what is left of the token budget goes to prefills, oldest first, in
-chunks (Sarathi-Serve, arXiv 2403.02310). When blocks run out, idle sessions lose their KV first (least recently used
-first), then the *youngest* running sequence is preempted and later computed again. The oldest sequence is never
+Decoding sequences go first, one token each; the token budget beside them (chunking.py) goes to prefills in chunks, in
+the order of reordering.py. When blocks run out, idle sessions lose the tail of their KV first (retention.py chooses
+whose), then the *youngest* running sequence is preempted and later computed again. The oldest sequence is never
 preempted for a younger one, so something always makes progress.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol
 
+from shared.core.chunking import ChunkParameters, budget_prefill_tokens
 from shared.core.kv_blocks import BlockAllocator
+from shared.core.reordering import OrderParameters, PrefillOrder
+from shared.core.retention import IdleKv, RetentionName, choose_victim
+from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
+from shared.core.step_prediction import StepPredictor
 from shared.core.types import RoundKey, SessionKey
-from shared.messages import SamplingParams
+
+__all__ = ["LowerTier", "PlannedItem", "Scheduler", "Sequence", "SequenceState", "SessionKv"]
+
+EVICTION_BLOCKS = 8  # a victim loses its tail in pieces of so many blocks: not one by one, step after step
+MAX_ITL_SLO_S = 3_600.0
 
 
-class SequenceState(Enum):
-    WAITING_KV = "waiting_kv"  # its prefill runs on another worker; its blocks may be read or written by a transfer
-    READY = "ready"  # has tokens to compute
-    ENDED = "ended"
+class LowerTier(Protocol):
+    """Where evicted KV goes."""
 
+    def save(self, kv: SessionKv, num_kept: int, now: float) -> None:
+        """Positions [num_kept, kv.num_kv) are about to be given up; num_kept is a multiple of the block size."""
 
-@dataclass(eq=False)
-class SessionKv:
-    """Tokens of one session and the KV this worker holds of them.
+    def drop(self, kv: SessionKv) -> None:
+        """The session is forgotten."""
 
-    Invariant: positions [0, num_kv) have valid KV in block_table; num_kv <= num_tokens.
-    `tokens[0]` is at position `tokens_base` (more than 0 only for a prefill whose history was pulled as KV).
-    """
+    def holds(self, kv: SessionKv) -> bool: ...
 
-    key: SessionKey
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    tokens_base: int = 0
-    num_kv: int = 0
-    block_table: list[int] = field(default_factory=list)
-    last_used: float = 0.0
-    sequence: Sequence | None = None
-    pinned: bool = False  # a transfer reads or writes its blocks: not to be evicted even while no sequence runs
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens_base + len(self.tokens)
-
-    @property
-    def num_missing(self) -> int:
-        """Tokens that are known and whose KV is not."""
-        return self.num_tokens - self.num_kv
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One attempt at a round while it runs on this worker."""
-
-    key: RoundKey
-    kv: SessionKv
-    sampling: SamplingParams
-    output_start: int  # position of the first output token
-    arrival: float
-    state: SequenceState = SequenceState.READY
-    preemptible: bool = True  # False: all its blocks are reserved up front, and a transfer reads them
-    on_layer: Callable[[int, int, int], object] | None = None  # (layer, token_start, token_stop), in the forward thread
-    num_preemptions: int = 0
-    first_step_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedItem:
-    """Feed `num_tokens` tokens of the sequence from position kv.num_kv on; `samples`: none is missing after them."""
-
-    sequence: Sequence
-    num_tokens: int
-    samples: bool
+    def check_integrity(self, sessions: Iterable[SessionKv]) -> None: ...
 
 
 class Scheduler:
@@ -87,21 +51,42 @@ class Scheduler:
         max_prefill_tokens: int = 512,
         max_batch: int = 64,
     ) -> None:
-        """chunk_tokens bounds the prefill part of a step that also decodes, max_prefill_tokens of one that does not."""
+        """chunk_tokens bounds the prefill part of a step that also decodes (where chunks are of fixed size),
+        max_prefill_tokens of one that does not. `follow` sets the rest; until then: FCFS, fixed chunks, LRU."""
         self.allocator = allocator
-        self.chunk_tokens = chunk_tokens
-        self.max_prefill_tokens = max_prefill_tokens
         self.max_batch = max_batch
+        self._sizes = ChunkParameters(chunk_tokens=chunk_tokens, max_prefill_tokens=max_prefill_tokens)
+        self.follow(ChunkParameters(), OrderParameters(order="fcfs"), "lru", StepPredictor())
+        self.lower_tier: LowerTier | None = None
         self.sessions: dict[SessionKey | RoundKey, SessionKv] = {}
         self.sequences: list[Sequence] = []  # by arrival
         self.num_evictions = 0
         self.num_preemptions = 0
 
+    def follow(
+        self, chunk: ChunkParameters, order: OrderParameters, retention: RetentionName, predictor: StepPredictor
+    ) -> None:
+        """Schedule by these; the sizes of fixed chunks stay those of the constructor."""
+        sizes = self._sizes
+        self.chunk = replace(
+            chunk,
+            chunk_tokens=sizes.chunk_tokens,
+            max_prefill_tokens=sizes.max_prefill_tokens,
+            min_chunk_tokens=min(chunk.min_chunk_tokens, sizes.max_prefill_tokens),
+        )
+        self.order = PrefillOrder(order)
+        self.retention: RetentionName = retention
+        self.predictor = predictor
+
     # ------------------------------------------------------------------ sessions and sequences
 
     def add(self, sequence: Sequence) -> None:
-        assert sequence.kv.sequence is None, "a session runs one round at a time"
-        sequence.kv.sequence = sequence
+        kv = sequence.kv
+        assert kv.sequence is None, "a session runs one round at a time"
+        if sequence.key.round > kv.last_round >= 0:
+            kv.gaps.add(max(0.0, sequence.arrival - kv.last_used))
+        kv.last_round = sequence.key.round
+        kv.sequence = sequence
         self.sequences.append(sequence)
 
     def remove(self, sequence: Sequence, now: float) -> None:
@@ -117,32 +102,42 @@ class Scheduler:
         if kv is not None:
             assert kv.sequence is None
             self.truncate(kv, 0)
+            if self.lower_tier is not None:
+                self.lower_tier.drop(kv)
 
     def truncate(self, kv: SessionKv, num_kv: int) -> None:
         """Forget KV from position `num_kv` on and free the blocks behind it."""
+        if kv.revoke_lease is not None and num_kv < kv.num_leased:
+            revoke, kv.revoke_lease = kv.revoke_lease, None
+            revoke()
         kv.num_kv = min(kv.num_kv, num_kv)
         keep = self.allocator.blocks_for(kv.num_kv)
         surplus = kv.block_table[keep:]
         del kv.block_table[keep:]
         self.allocator.free(surplus, kv)
 
-    def reserve(self, kv: SessionKv, num_tokens: int) -> bool:
-        """Blocks for positions [0, num_tokens), idle sessions' KV evicted if need be; False when that is not enough."""
+    def reserve(self, kv: SessionKv, num_tokens: int, *, now: float = 0.0, evict: bool = True) -> bool:
+        """Blocks for positions [0, num_tokens), idle sessions' KV evicted if need be; False, and nothing evicted, when
+        that is not enough."""
         missing = self.allocator.blocks_for(num_tokens) - len(kv.block_table)
-        while missing > self.allocator.num_free:
-            victim = self._idle_victim(kv)
-            if victim is None:
+        if missing > self.allocator.num_free:
+            idle = self._idle(kv) if evict else []
+            if missing > self.allocator.num_free + sum(len(victim.block_table) for victim in idle):
                 return False
-            self.num_evictions += 1
-            self.truncate(victim, 0)
+            while missing > self.allocator.num_free:
+                victim = self.choose_victim(idle, now)
+                assert victim is not None
+                self._evict(victim, missing - self.allocator.num_free, now)
+                if not victim.block_table:
+                    idle.remove(victim)
         if missing > 0:
             kv.block_table += self.allocator.allocate(missing, kv)
         return True
 
-    def reserve_preempting(self, kv: SessionKv, num_tokens: int, arrival: float) -> bool:
+    def reserve_preempting(self, kv: SessionKv, num_tokens: int, arrival: float, *, now: float = 0.0) -> bool:
         """As reserve, and preempts running sequences that arrived after `arrival`, youngest first."""
-        while not self.reserve(kv, num_tokens):
-            victim = self._running_victim(kv, arrival)
+        while not self.reserve(kv, num_tokens, now=now):
+            victim = max(self._preemptible(kv, arrival), key=lambda s: s.arrival, default=None)
             if victim is None:
                 return False
             victim.num_preemptions += 1
@@ -150,16 +145,40 @@ class Scheduler:
             self.truncate(victim.kv, 0)
         return True
 
-    def _idle_victim(self, asking: SessionKv) -> SessionKv | None:
-        idle = [
+    def choose_victim(self, idle: Iterable[SessionKv], now: float) -> SessionKv | None:
+        """Whose KV goes first; None when there is none."""
+        chosen = choose_victim((self._describe_idle(kv) for kv in idle), now, self.retention)
+        return chosen.key if chosen is not None else None
+
+    def _describe_idle(self, kv: SessionKv) -> IdleKv[SessionKv]:
+        if self.retention != "expected_return":
+            restore_s = 0.0  # nobody asks
+        elif kv.resident:
+            restore_s = self.predictor.read_peer_s(kv.num_kv)
+        elif self.lower_tier is not None:
+            restore_s = self.predictor.read_host_s(kv.num_kv)
+        else:
+            restore_s = self.predictor.prefill_s(0, kv.num_kv)
+        return IdleKv(kv, kv.num_kv, kv.last_used, kv.gaps.mean_s, restore_s)
+
+    def _evict(self, victim: SessionKv, num_blocks: int, now: float) -> None:
+        """Free at least `num_blocks` blocks from the tail of an idle session, or all it has."""
+        num_blocks += -num_blocks % EVICTION_BLOCKS
+        keep = max(0, len(victim.block_table) - num_blocks) * self.allocator.block_size
+        self.num_evictions += 1
+        if self.lower_tier is not None and victim.num_kv > keep:
+            self.lower_tier.save(victim, keep, now)
+        self.truncate(victim, keep)
+
+    def _idle(self, asking: SessionKv) -> list[SessionKv]:
+        return [
             kv
             for kv in self.sessions.values()
             if kv.sequence is None and not kv.pinned and kv.block_table and kv is not asking
         ]
-        return min(idle, key=lambda kv: kv.last_used, default=None)
 
-    def _running_victim(self, asking: SessionKv, arrival: float) -> Sequence | None:
-        running = [
+    def _preemptible(self, asking: SessionKv, arrival: float) -> list[Sequence]:
+        return [
             s
             for s in self.sequences
             if s.state is SequenceState.READY
@@ -168,25 +187,84 @@ class Scheduler:
             and s.kv is not asking
             and s.arrival > arrival
         ]
-        return max(running, key=lambda s: s.arrival, default=None)
 
     # ----------------------------------------------------------------------------- the next step
 
-    def plan_step(self) -> list[PlannedItem]:
+    def plan_step(self, now: float = 0.0) -> list[PlannedItem]:
         """The items of the next step; every one has its blocks. Empty when nothing can run."""
         decodes = [s for s in self._ready() if s.kv.num_missing == 1][: self.max_batch]
-        chosen = {id(s): PlannedItem(s, 1, True) for s in decodes if self._make_room(s, 1)}
-        budget = self.chunk_tokens if chosen else self.max_prefill_tokens
-        for sequence in [s for s in self._ready() if s.kv.num_missing > 1]:
+        chosen = {id(s): PlannedItem(s, 1, True) for s in decodes if self._make_room(s, 1, now)}
+        waiting = [s for s in self._ready() if s.kv.num_missing > 1]
+        prefills = self._order_prefills(waiting, now)
+        budget = self._budget([item.sequence for item in chosen.values()], prefills)
+        may_begin = True
+        for sequence in prefills:
             if budget == 0 or len(chosen) >= self.max_batch:
                 break
+            if not (may_begin or _has_begun(sequence)):
+                continue
+            if not self._can_hold(sequence, waiting):
+                may_begin = not self.order.is_strict(sequence.as_waiting(), now)
+                continue
             num_tokens = min(budget, sequence.kv.num_missing)
-            if self._make_room(sequence, num_tokens):
+            if self._make_room(sequence, num_tokens, now):
                 chosen[id(sequence)] = PlannedItem(sequence, num_tokens, num_tokens == sequence.kv.num_missing)
                 budget -= num_tokens
         # making room for an older sequence may have preempted one chosen before: its KV is gone
-        return [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size
-                >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
+        planned = [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size
+                   >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
+        self._note_started(planned, waiting, now)
+        if prefills:
+            self.order.note_turn(prefills[0].as_waiting(), now)
+        return planned
+
+    def _order_prefills(self, prefills: list[Sequence], now: float) -> list[Sequence]:
+        if len(prefills) < 2:
+            return prefills
+        queue = [sequence.as_waiting() for sequence in prefills]
+        for sequence, place in zip(prefills, queue, strict=True):
+            place.work_s = self.predictor.prefill_s(sequence.kv.num_kv, sequence.kv.num_missing)
+        return [prefills[index] for index in self.order.order(queue, now)]
+
+    def _budget(self, decodes: list[Sequence], prefills: list[Sequence]) -> int:
+        if not prefills:
+            return 0
+        decoding = [s for s in decodes if s.preemptible]  # not the last token of a prefill for another worker
+        batch = len(decoding)
+        itl_slo_s = min((s.itl_slo_s for s in decoding), default=MAX_ITL_SLO_S)
+        return budget_prefill_tokens(
+            self.chunk,
+            self.predictor.costs,
+            batch=batch,
+            mean_context=sum(s.kv.num_tokens for s in decoding) / batch if batch else 0.0,
+            itl_slo_s=min(MAX_ITL_SLO_S, max(0.0, itl_slo_s)),
+            num_history=prefills[0].kv.num_kv,
+        )
+
+    def _can_hold(self, sequence: Sequence, waiting: list[Sequence]) -> bool:
+        """Whether a prefill may begin: only with room to its end beside those that have begun. Half-computed prefills
+        that wait for each other's room are how a worker collapses."""
+        if _has_begun(sequence):
+            return True
+        wanted = [sequence, *(s for s in waiting if s is not sequence and s.first_step_at is not None)]
+        missing = sum(self.allocator.blocks_for(s.kv.num_tokens) - len(s.kv.block_table) for s in wanted)
+        room = self.allocator.num_free
+        if missing > room:
+            room += sum(len(kv.block_table) for kv in self._idle(sequence.kv))
+        if missing > room:
+            room += sum(len(s.kv.block_table) for s in self._preemptible(sequence.kv, sequence.arrival))
+        return missing <= room
+
+    def _note_started(self, planned: list[PlannedItem], waiting: list[Sequence], now: float) -> None:
+        """The first steps of sequences; who had come before a prefill that starts now has been passed over."""
+        running = {id(item.sequence) for item in planned}
+        for item in planned:
+            sequence = item.sequence
+            if sequence.first_step_at is None:
+                sequence.first_step_at = now
+                queue = [s for s in waiting if s is sequence or id(s) not in running]
+                if len(queue) > 1 and sequence in queue:
+                    self.order.note_started([s.as_waiting() for s in queue], queue.index(sequence))
 
     def num_missing_prefill_tokens(self) -> int:
         """Tokens that sequences prefilled here for their own rounds still have to compute."""
@@ -195,11 +273,11 @@ class Scheduler:
     def _ready(self) -> Iterator[Sequence]:
         return (s for s in self.sequences if s.state is SequenceState.READY and s.kv.num_missing > 0)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
         kv = sequence.kv
         if kv.num_missing < num_tokens or (num_tokens == 1 and kv.num_missing != 1):
             return False  # preempted since it was listed
-        return self.reserve_preempting(kv, kv.num_kv + num_tokens, sequence.arrival)
+        return self.reserve_preempting(kv, kv.num_kv + num_tokens, sequence.arrival, now=now)
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
@@ -209,3 +287,10 @@ class Scheduler:
         for kv in self.sessions.values():
             assert kv.num_kv <= len(kv.block_table) * self.allocator.block_size
             assert kv.num_kv <= kv.num_tokens or kv.sequence is None
+        if self.lower_tier is not None:
+            self.lower_tier.check_integrity(self.sessions.values())
+
+
+def _has_begun(sequence: Sequence) -> bool:
+    """Computed in part, or with all its blocks reserved before it came here."""
+    return sequence.first_step_at is not None or not sequence.preemptible

@@ -10,6 +10,7 @@ from shared import subjects
 from shared.core.admission import (
     admit_round,
     admit_session,
+    admit_ttft,
     check_open,
     check_round,
     check_tokens,
@@ -19,7 +20,7 @@ from shared.core.commands import EncodeInput, Reply
 from shared.core.endings import close_session, stop_round
 from shared.core.events import ClientRequested, InputEncoded, InputRefused
 from shared.core.inspection import describe_session, read_round
-from shared.core.placement import Placement, choose_placement, occupy_workers
+from shared.core.placement import Placement, bind_session, choose_placement, occupy_workers
 from shared.core.records import RoundStartedEntry, SessionOpenedEntry
 from shared.core.session import HeldRequest, Session
 from shared.core.state import State
@@ -117,6 +118,7 @@ def _open_session(state: State, held: HeldRequest, request: OpenSession) -> None
         ),
         rounds_kept=state.config.rounds_kept,
         last_active_at=state.now,
+        opened_at=state.now,
     )
     state.add_session(session)
     pending = state.append(session, session.opened)
@@ -238,13 +240,19 @@ def _start_round(state: State, session: Session, held: HeldRequest, request: Sub
     slo = request.slo or session.opened.slo
     num_input = count_tokens(token_ids)
     num_needed = session.num_tokens + num_input + request.stop.max_output_tokens
-    placement = choose_placement(state, session, num_new_tokens=num_input, num_needed_tokens=num_needed, slo=slo)
+    waited_s = state.now - held.received_at
+    placement = choose_placement(
+        state, session, num_new_tokens=num_input, num_needed_tokens=num_needed, slo=slo, waited_s=waited_s
+    )
     if placement is None:
         refusal = explain_no_placement(state, session.opened.model, num_needed)
         if refusal.code == ErrorCode.NO_DECODE_WORKER:
             _hold_until(state, held, state.grace_until, refusal)
             return
         raise refusal
+    if session.num_rounds == 0:
+        admit_ttft(state, placement.decision, slo, waited_s)
+    bind_session(state, session, placement.decode)
     _record_round(state, session, held, request, token_ids, placement)
 
 

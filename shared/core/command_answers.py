@@ -15,6 +15,7 @@ from shared.core.commands import SendToWorker
 from shared.core.endings import fail_round, finish_from_stream
 from shared.core.events import CommandFailed, CommandReplied
 from shared.core.session import RoundInFlight, Session
+from shared.core.staging import abandon_staging, on_staging_reply
 from shared.core.state import PendingCommand, State
 from shared.errors import ErrorCode
 from shared.messages import (
@@ -22,10 +23,13 @@ from shared.messages import (
     CancelRun,
     DropSession,
     ErrorReply,
+    GrantHistory,
+    HistoryGranted,
     NeedTokens,
     PrefillTask,
     RunRound,
     RunRoundAck,
+    StageKv,
 )
 
 
@@ -45,7 +49,10 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
     if command is None:
         return
     if isinstance(command.message, DropSession):
-        state.purge(command.key)
+        state.note_dropped(command.key, command.worker.ref)
+        return
+    if isinstance(command.message, GrantHistory | StageKv):
+        on_staging_reply(state, command.key, event.reply)
         return
     found = _find_round(state, command)
     if found is None:
@@ -61,6 +68,8 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
         case Ack():
             if isinstance(command.message, CancelRun):
                 _note_cancelled(state, session, running, command)
+        case HistoryGranted():
+            pass  # an answer to GrantHistory alone
         case _:
             assert_never(event.reply)
 
@@ -124,6 +133,9 @@ def on_command_failed(state: State, event: CommandFailed) -> None:
     worker = command.worker
     if event.reason == "no_responders" and worker.alive:
         lose_worker(state, worker)
+    if isinstance(command.message, GrantHistory | StageKv):
+        abandon_staging(state, command.key)
+        return
     if event.reason == "timeout":
         state.counters["command_timeouts"] += 1
         if _is_wanted(state, command) and command.num_tries < state.config.max_command_tries:
@@ -131,10 +143,10 @@ def on_command_failed(state: State, event: CommandFailed) -> None:
             return
         if worker.alive and _is_wanted(state, command):
             _suspect(state, command)
-    if isinstance(command.message, DropSession) and not state.is_bound_at(worker.ref, command.key):
+    if isinstance(command.message, DropSession) and not state.is_held_at(worker.ref, command.key):
         worker.owed_drops.add(command.key)  # for its next heartbeat
         if not worker.alive:
-            state.purge(command.key)
+            state.note_dropped(command.key, worker.ref)
 
 
 def _suspect(state: State, command: PendingCommand) -> None:
@@ -155,7 +167,7 @@ def _is_wanted(state: State, command: PendingCommand) -> bool:
     if not command.worker.alive:
         return False
     if isinstance(command.message, DropSession):
-        return not state.is_bound_at(command.worker.ref, command.key)
+        return not state.is_held_at(command.worker.ref, command.key)
     if isinstance(command.message, CancelRun):
         return True
     found = _find_round(state, command)

@@ -7,22 +7,19 @@ import msgspec
 from shared.core.records import RecordEntry
 from shared.core.types import SessionKey
 from shared.messages import (
-    CancelRun,
     ChatInput,
-    DropSession,
     Encoding,
     ErrorReply,
-    PrefillTask,
     RoundAccepted,
     RoundCancelled,
     RoundFailed,
     RoundObserved,
     RoundSnapshot,
-    RunRound,
     SessionClosed,
     SessionInfo,
     SessionOpened,
     TextInput,
+    WorkerCommand,
 )
 
 
@@ -77,7 +74,7 @@ class SendToWorker(CommandBase, frozen=True, kw_only=True):
 
     command_id: int
     worker_id: str
-    message: RunRound | PrefillTask | CancelRun | DropSession
+    message: WorkerCommand
     timeout_s: float
 
 

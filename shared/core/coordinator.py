@@ -6,7 +6,9 @@ The service turns messages into events and commands into messages; the simulator
     client_requests   what clients ask          placement        binding a session, routing a prefill
     command_answers   how commands went         attempts         commanding workers, trying again
     worker_reports    what workers tell         endings          finished, failed, cancelled, closed
-    recovery          after a restart           state            what is in memory, and what all parts use
+    recovery          after a restart           residency        who holds how much of a session's KV
+    staging           KV ahead of its round     explain          why rounds were placed where they were
+    state             what is in memory, and what all parts use
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from shared.core import client_requests, command_answers, worker_reports
 from shared.core.attempts import command_decode_worker, lose_worker, place_next_attempt
 from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, PublishStream, Reply
 from shared.core.coordinator_config import CoordinatorConfig
-from shared.core.cost_model import CostModel, LinearCostModel
 from shared.core.endings import close_session, fail_round, forget_closed, stop_round
 from shared.core.events import (
     AppendFailed,
@@ -34,6 +35,7 @@ from shared.core.events import (
     Ticked,
     WorkerReported,
 )
+from shared.core.explain import explain_session
 from shared.core.inspection import describe_cluster
 from shared.core.integrity import check_state
 from shared.core.records import (
@@ -45,10 +47,11 @@ from shared.core.records import (
 )
 from shared.core.recovery import end_grace, on_records_loaded, reconcile_round
 from shared.core.session import HeldRequest, PendingAppend, Session
+from shared.core.staging import expire_stagings
 from shared.core.state import State
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
-from shared.messages import ClusterStatus, ErrorReply
+from shared.messages import ClusterStatus, ErrorReply, ExplainSession, SessionExplained
 
 DEADLINE_EXCEEDED = ErrorReply(code=ErrorCode.DEADLINE_EXCEEDED, message="the round did not end within its deadline_s")
 STALL_S = 1.0  # a longer gap between two ticks means that the coordinator itself stood still
@@ -57,8 +60,8 @@ STALL_S = 1.0  # a longer gap between two ticks means that the coordinator itsel
 class Coordinator:
     """One coordinator. Feed every event through `on_event` in order, with a `now` that never goes back."""
 
-    def __init__(self, config: CoordinatorConfig, cost_model: CostModel | None = None) -> None:
-        self.state = State(config, cost_model or LinearCostModel())
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.state = State(config)
         self._last_tick: float | None = None
 
     def on_event(self, event: Event, now: float) -> list[Command]:
@@ -196,8 +199,8 @@ class Coordinator:
         self._last_tick = state.now
         for worker in state.fleet.list_silent(state.now):
             lose_worker(state, worker)
-        for worker_id in state.fleet.forget_old(state.now):
-            state.cost_model.forget_worker(worker_id)
+        state.fleet.forget_old(state.now)
+        expire_stagings(state)
         if state.now >= state.grace_until:
             end_grace(state)
         for session in state.pop_due():
@@ -243,6 +246,10 @@ class Coordinator:
 
     def describe_cluster(self, now: float) -> ClusterStatus:
         return describe_cluster(self.state, now)
+
+    def explain_session(self, request: ExplainSession) -> SessionExplained:
+        """Raises AmpdError UNKNOWN_SESSION."""
+        return explain_session(self.state, request)
 
     def check_integrity(self) -> None:
         """Assert every invariant of the state: for tests, after each event."""

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
 
-from shared.core.routing import POLICIES, RoutingParameters
+from shared.core.policies import SchedulingPolicy, find_policy, switch_off, with_options
+from shared.core.profile import Profile
 from shared.errors import AmpdError, ErrorCode
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
+    # scheduling: a policy by name, without the parts switched off, with options by path; `scheduling` follows from them
     policy: str = "ampd"
-    routing: RoutingParameters = field(default_factory=RoutingParameters)
+    disabled_parts: tuple[str, ...] = ()
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduling: SchedulingPolicy = field(init=False)
+    profile: Profile | None = None  # timings of the workers; None: as their heartbeats measure them
+    cost_scale: float = 1.0  # workers run this many times slower than the profile (emulated ones may)
+
+    # residency and staging
+    max_holders: int = 8  # prefill workers that are known to hold a part of one session's KV
+    min_staged_tokens: int = 64  # fewer are not worth a message
+    max_staging_in_flight: int = 32
+    staging_timeout_s: float = 30.0  # one that is not heard of for so long is given up
+
+    # explanations
+    decisions_kept: int = 64  # of a session's newest rounds
+    closed_explained: int = 256  # closed sessions whose decisions can still be asked for
 
     # admission
+    admission_factor: float = 3.0  # of the TTFT objective, beyond which a session's first round is refused
     max_sessions: int = 10_000
     max_sessions_per_tenant: int = 10_000
     max_rounds_in_flight: int = 1_024
@@ -45,7 +65,14 @@ class CoordinatorConfig:
     max_held_per_session: int = 8
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise AmpdError(
-                ErrorCode.INVALID_REQUEST, f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}"
-            )
+        """Raises AmpdError INVALID_REQUEST for an unknown policy, part or option, or a number out of range."""
+        scheduling = find_policy(self.policy)
+        for part in self.disabled_parts:
+            scheduling = switch_off(scheduling, part)
+        object.__setattr__(self, "scheduling", with_options(scheduling, self.policy_options))
+        if self.max_holders < 2:
+            raise AmpdError(ErrorCode.INVALID_REQUEST, f"max_holders must be at least 2, got {self.max_holders}")
+        for name in ("cost_scale", "admission_factor"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value > 0):
+                raise AmpdError(ErrorCode.INVALID_REQUEST, f"{name} must be more than 0, got {value}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shared.core.commands import ObserveRound, PublishStream, Reply
+from shared.core.explain import keep_explained
 from shared.core.records import RoundEndedEntry, SessionClosedEntry
+from shared.core.residency import truncate_resident
 from shared.core.session import PendingAppend, RoundInFlight, Session
+from shared.core.staging import begin_staging
 from shared.core.state import State
 from shared.core.token_bytes import count_tokens
 from shared.errors import ErrorCode
@@ -66,13 +71,26 @@ def finish_round(
     """The round succeeded: its tokens join the history. The worker has published `finished`."""
     running = session.in_flight
     assert running is not None
+    if usage is not None:
+        _learn_from_local(state, running, usage)
     pending = _append_end(state, session, output, finish_reason, usage, None)
     binding = session.binding
     if binding is not None and binding.worker.ref == running.decode:
         binding.num_known_tokens = session.num_tokens
     state.counters["rounds_finished"] += 1
     _settle_ended(state, session, running, pending, was_cancelled=False)
+    begin_staging(state, session)
     return pending
+
+
+def _learn_from_local(state: State, running: RoundInFlight, usage: Usage) -> None:
+    """What a local prefill took, against what was predicted for the batch that it ran beside."""
+    worker = state.fleet.find(running.decode)
+    if worker is None or not state.config.scheduling.corrects or usage.prefill != "local" or usage.num_preemptions:
+        return
+    num_new = usage.num_history_tokens + usage.num_input_tokens + count_tokens(running.forced) - usage.num_cached_tokens
+    if num_new == running.num_prefill_tokens:
+        worker.load.observe_prefill(running.predicted_prefill_s, usage.prefill_s)
 
 
 def finish_from_stream(state: State, session: Session) -> None:
@@ -101,6 +119,7 @@ def fail_round(state: State, session: Session, error: ErrorReply, *, tell_worker
     )
     pending = _append_end(state, session, output, None, None, error)
     pending.then.append(PublishStream(key=session.key, message=failed, encoding=running.started.stream_encoding))
+    truncate_resident(session)
     if session.binding is not None:  # the worker goes back to the history of finished rounds
         session.binding.num_known_tokens = min(session.binding.num_known_tokens, session.num_tokens)
     cancelled = error.code == ErrorCode.CANCELLED
@@ -140,10 +159,11 @@ def _settle_ended(
     state.num_rounds_in_flight -= 1
     state.reconciling.discard(session.key)
     state.update_promise(session)
+    _keep_measured(state, session, running)
     for request_id in running.cancel_requests:
         reply = RoundCancelled(session=session.key.session, round=running.index, cancelled=was_cancelled)
         pending.then.append(Reply(request_id=request_id, message=reply))
-    pending.then.append(ObserveRound(observation=_observe(state, session, running)))
+    pending.then.append(ObserveRound(observation=_observe(session, running)))
     session.last_active_at = session.last_ended_at = state.now
     state.release_held(session.key)
     if session.closing:
@@ -151,18 +171,31 @@ def _settle_ended(
     state.set_timer(session)
 
 
-def _observe(state: State, session: Session, running: RoundInFlight) -> RoundObserved:
+def _keep_measured(state: State, session: Session, running: RoundInFlight) -> None:
+    """Add to the ended round what this coordinator saw of its latencies; older rounds give up their decisions."""
     ended = session.rounds[running.index]
     first_at = None if running.recovered else running.first_token_at
     num_gaps = ended.num_output_tokens - 1
+    session.rounds[running.index] = replace(
+        ended,
+        ttft_s=None if first_at is None else first_at - running.received_at,
+        tpot_s=None if first_at is None or num_gaps < 1 else (state.now - first_at) / num_gaps,
+    )
+    old = session.rounds.get(running.index - state.config.decisions_kept)
+    if old is not None and old.decision is not None:
+        session.rounds[old.index] = replace(old, decision=None)
+
+
+def _observe(session: Session, running: RoundInFlight) -> RoundObserved:
+    ended = session.rounds[running.index]
     return RoundObserved(
         tenant=session.key.tenant,
         session=session.key.session,
         round=running.index,
         delay_s=running.delay_s,
-        ttft_s=None if first_at is None else first_at - running.received_at,
-        tpot_s=None if first_at is None or num_gaps < 1 else (state.now - first_at) / num_gaps,
-        slo=running.started.slo,
+        ttft_s=ended.ttft_s,
+        tpot_s=ended.tpot_s,
+        slo=ended.slo,
         usage=ended.usage,
         error=None if ended.error is None else ended.error.code,
     )
@@ -192,14 +225,13 @@ def _append_closed(state: State, session: Session) -> None:
 def forget_closed(state: State, session: Session) -> None:
     """The record says closed: answer, have the worker give everything back, free the memory.
 
-    The record is purged when the worker has confirmed: a coordinator that starts in between finds it and asks again.
+    The record is purged when the workers have confirmed: a coordinator that starts in between finds it and asks again.
     """
     reply = SessionClosed(session=session.key.session, num_rounds=session.num_rounds)
     for request_id in session.close_requests:
         state.emit(Reply(request_id=request_id, message=reply))
-    is_confirmed_later = state.unbind(session)
+    keep_explained(state, session)
+    expected = state.drop_everywhere(session)
     state.remove_session(session)
-    state.purging.add(session.key)
-    if not is_confirmed_later:
-        state.purge(session.key)
+    state.purge_when_dropped(session.key, expected)
     state.counters["sessions_closed"] += 1

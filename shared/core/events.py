@@ -20,7 +20,9 @@ from shared.messages import (
     Encoding,
     ErrorReply,
     Heartbeat,
+    HistoryGranted,
     InspectSession,
+    KvStaged,
     NeedTokens,
     OpenSession,
     PrefillEnded,
@@ -70,12 +72,12 @@ class WorkerReported(EventBase, frozen=True, kw_only=True):
     """A worker's report, which it repeats until AcknowledgeEvent with this `ack_id`."""
 
     ack_id: int
-    report: RoundEnded | PrefillEnded | WorkerLeaving
+    report: RoundEnded | PrefillEnded | KvStaged | WorkerLeaving
 
 
 class CommandReplied(EventBase, frozen=True, kw_only=True):
     command_id: int
-    reply: RunRoundAck | NeedTokens | Ack | ErrorReply
+    reply: RunRoundAck | NeedTokens | HistoryGranted | Ack | ErrorReply
 
 
 class CommandFailed(EventBase, frozen=True, kw_only=True):

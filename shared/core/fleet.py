@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from shared.core.binding import BindingName, choose_binding
+from shared.core.load import WorkerLoad
+from shared.core.measured_costs import WorkerCosts
+from shared.core.profile import Profile
 from shared.core.records import WorkerRef
-from shared.core.routing import WorkerLoad
 from shared.core.types import SessionKey
 from shared.messages import Heartbeat
 
 MAX_DEAD_INCARNATIONS = 256  # remembered, so that a late heartbeat of a dead process does not revive it
 
 
-@dataclass(slots=True)
-class RoutedPrefill:
-    attempt: int
-    num_tokens: int
-
-
 @dataclass(slots=True, eq=False)
 class WorkerState:
-    """One incarnation of one worker. `alive` is False once it is lost; its next heartbeat revives it."""
+    """One incarnation of one worker. `alive` is False once it is lost; its next heartbeat revives it.
+
+    `load` is what decisions look at: kept up to date by what is routed here and what ends.
+    """
 
     heartbeat: Heartbeat
     last_seen: float
+    costs: WorkerCosts
+    load: WorkerLoad
     alive: bool = True
     suspect_until: float = 0.0
-    num_promised_tokens: int = 0  # of all sessions bound here
-    running: dict[SessionKey, int] = field(default_factory=dict)  # rounds in flight here, with the KV they may need
-    num_running_tokens: int = 0
-    prefills: dict[SessionKey, RoutedPrefill] = field(default_factory=dict)  # routed here, not ended
-    num_routed_tokens: int = 0  # routed here since the newest heartbeat
     owed_drops: set[SessionKey] = field(default_factory=set)  # sessions to drop when it can be reached again
+
+    @classmethod
+    def of(cls, heartbeat: Heartbeat, now: float, profile: Profile | None, cost_scale: float) -> WorkerState:
+        costs = WorkerCosts.of(heartbeat, profile, cost_scale)
+        load = WorkerLoad(
+            worker_id=heartbeat.worker_id,
+            incarnation=heartbeat.incarnation,
+            role=heartbeat.role,
+            costs=costs.costs,
+            num_kv_tokens=count_kv_tokens(heartbeat),
+            node=number_node(heartbeat),
+            ttft=heartbeat.ttft,
+            itl=heartbeat.itl,
+        )
+        return cls(heartbeat, now, costs, load)
 
     @property
     def worker_id(self) -> str:
@@ -48,52 +61,56 @@ class WorkerState:
 
     @property
     def num_kv_tokens(self) -> int:
-        return self.heartbeat.num_blocks * self.heartbeat.block_size
-
-    @property
-    def num_free_kv_tokens(self) -> int:
-        """KV room beyond what is used and what is promised to the sessions bound here (negative: over-promised)."""
-        used = (self.heartbeat.num_blocks - self.heartbeat.num_free_blocks) * self.heartbeat.block_size
-        return self.num_kv_tokens - max(used, self.num_promised_tokens)
+        return self.load.num_kv_tokens
 
     def takes_work(self, now: float) -> bool:
         return self.alive and not self.heartbeat.draining and now >= self.suspect_until
 
-    def load(self) -> WorkerLoad:
-        beat = self.heartbeat
-        return WorkerLoad(
-            worker_id=beat.worker_id,
-            incarnation=beat.incarnation,
-            ttft=beat.ttft,
-            itl=beat.itl,
-            queue_num_tokens=beat.queue_num_tokens,
-            routed_num_tokens=self.num_routed_tokens,
-            num_outstanding=len(self.prefills),
-        )
+    def take_heartbeat(self, heartbeat: Heartbeat, *, corrects: bool) -> None:
+        """A newer heartbeat of the same process: its windows, role and rates, and, with `corrects`, how long its decode
+        steps take against what was predicted for the batch that it has now."""
+        before, load = self.heartbeat, self.load
+        self.heartbeat = heartbeat
+        load.role = heartbeat.role
+        load.ttft, load.itl = heartbeat.ttft, heartbeat.itl
+        load.num_kv_tokens = count_kv_tokens(heartbeat)
+        load.node = number_node(heartbeat)
+        if self.costs.follow(heartbeat):
+            load.costs = self.costs.costs
+            load.prefill_correction = load.decode_correction = 1.0  # what they corrected has gone
+        elif corrects and load.decoding and heartbeat.decode_step_s != before.decode_step_s:
+            predicted_s = load.costs.decode_step_s(len(load.decoding), load.mean_context)
+            load.observe_decode_step(predicted_s, heartbeat.decode_step_s)
 
-    def begin_running(self, key: SessionKey, num_tokens: int) -> None:
-        self.end_running(key)
-        self.running[key] = num_tokens
-        self.num_running_tokens += num_tokens
 
-    def end_running(self, key: SessionKey) -> None:
-        self.num_running_tokens -= self.running.pop(key, 0)
+def count_kv_tokens(heartbeat: Heartbeat) -> int:
+    return max(1, heartbeat.num_blocks * heartbeat.block_size)
 
-    def begin_prefill(self, key: SessionKey, attempt: int, num_tokens: int) -> None:
-        self.prefills[key] = RoutedPrefill(attempt, num_tokens)
-        self.num_routed_tokens += num_tokens
 
-    def end_prefill(self, key: SessionKey) -> None:
-        self.prefills.pop(key, None)
+def number_node(heartbeat: Heartbeat) -> int:
+    """The node as a number; a worker that names none is a node of its own."""
+    name = f"node:{heartbeat.node}" if heartbeat.node else f"worker:{heartbeat.worker_id}"
+    return zlib.crc32(name.encode())
 
 
 class Fleet:
     """Every worker heard of, by id; at most one incarnation each."""
 
-    def __init__(self, heartbeat_timeout_s: float, worker_memory_s: float) -> None:
+    def __init__(
+        self,
+        heartbeat_timeout_s: float,
+        worker_memory_s: float,
+        *,
+        profile: Profile | None = None,
+        cost_scale: float = 1.0,
+        corrects: bool = False,
+    ) -> None:
         self.workers: dict[str, WorkerState] = {}
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._worker_memory_s = worker_memory_s
+        self._profile = profile
+        self._cost_scale = cost_scale
+        self._corrects = corrects
         self._dead: dict[WorkerRef, None] = {}
 
     def note_heartbeat(self, heartbeat: Heartbeat, now: float) -> tuple[WorkerState | None, WorkerState | None]:
@@ -103,14 +120,13 @@ class Fleet:
             known.last_seen = now
             known.alive = True
             if heartbeat.seq >= known.heartbeat.seq:
-                known.heartbeat = heartbeat
-                known.num_routed_tokens = 0
+                known.take_heartbeat(heartbeat, corrects=self._corrects)
             return known, None
         if WorkerRef(heartbeat.worker_id, heartbeat.incarnation) in self._dead:
             return None, None
         if known is not None:
             self._bury(known)
-        worker = WorkerState(heartbeat, last_seen=now)
+        worker = WorkerState.of(heartbeat, now, self._profile, self._cost_scale)
         self.workers[heartbeat.worker_id] = worker
         return worker, known
 
@@ -127,12 +143,11 @@ class Fleet:
     def list_silent(self, now: float) -> list[WorkerState]:
         return [w for w in self.workers.values() if w.alive and now - w.last_seen > self._heartbeat_timeout_s]
 
-    def forget_old(self, now: float) -> list[str]:
-        """Forget workers lost long ago; returns their ids."""
+    def forget_old(self, now: float) -> None:
+        """Forget workers lost long ago."""
         old = [w for w in self.workers.values() if not w.alive and now - w.last_seen > self._worker_memory_s]
         for worker in old:
             self._bury(worker)
-        return [worker.worker_id for worker in old]
 
     def shift_last_seen(self, by_s: float) -> None:
         """The coordinator itself stood still: silence meanwhile says nothing about the workers."""
@@ -144,19 +159,20 @@ class Fleet:
         return [
             w
             for w in self.workers.values()
-            if w.takes_work(now) and w.heartbeat.role != "prefill" and (model is None or w.heartbeat.model == model)
+            if w.takes_work(now) and w.load.takes_decode and (model is None or w.heartbeat.model == model)
         ]
 
     def list_prefill(self, decode: WorkerState, avoid: Collection[str], now: float) -> list[WorkerState]:
         """Workers that can prefill for `decode`: the KV layout is the same, and they are not it."""
+        layout_hash = decode.heartbeat.layout_hash
         return [
             w
             for w in self.workers.values()
-            if w.takes_work(now)
-            and w.heartbeat.role != "decode"
+            if w.load.takes_prefill
             and w is not decode
+            and w.takes_work(now)
             and w.worker_id not in avoid
-            and w.heartbeat.layout_hash == decode.heartbeat.layout_hash
+            and w.heartbeat.layout_hash == layout_hash
         ]
 
     def _bury(self, worker: WorkerState) -> None:
@@ -168,21 +184,23 @@ class Fleet:
 
 
 def choose_decode_worker(
-    candidates: Iterable[WorkerState], num_needed_tokens: int, avoid: Collection[str], kv_overcommit: float
+    candidates: Iterable[WorkerState],
+    num_needed_tokens: int,
+    avoid: Collection[str],
+    kv_overcommit: float,
+    binding: BindingName,
+    now: float,
 ) -> WorkerState | None:
-    """The worker with the most free KV memory, what is promised there counted as used (the paper's binding).
-
-    Only workers whose pool can hold the round at all and that have not been promised more than `kv_overcommit`
-    pools to rounds in flight. Workers in `avoid` only if there is no other. Equal: the lower id.
-    """
+    """The worker that `binding` chooses of those whose pool can hold the round at all and that have not been promised
+    more than `kv_overcommit` pools to rounds in flight. Workers in `avoid` only if there is no other."""
     fitting = [worker for worker in candidates if fits(worker, num_needed_tokens, kv_overcommit)]
-    return min(
-        fitting,
-        key=lambda worker: (worker.worker_id in avoid, -worker.num_free_kv_tokens, worker.worker_id),
-        default=None,
-    )
+    wanted = [worker for worker in fitting if worker.worker_id not in avoid] or fitting
+    chosen = choose_binding((worker.load for worker in wanted), binding, now)
+    return next((worker for worker in wanted if worker.load is chosen), None)
 
 
 def fits(worker: WorkerState, num_needed_tokens: int, kv_overcommit: float) -> bool:
     capacity = worker.num_kv_tokens
-    return num_needed_tokens <= capacity and worker.num_running_tokens + num_needed_tokens <= kv_overcommit * capacity
+    return (
+        num_needed_tokens <= capacity and worker.load.num_active_tokens + num_needed_tokens <= kv_overcommit * capacity
+    )

@@ -132,7 +132,7 @@ def describe_cluster(state: State, now: float) -> ClusterStatus:
     newest = sorted(state.sessions.values(), key=lambda session: -session.last_active_at)[:NEWEST_SESSIONS]
     models = sorted({worker.heartbeat.model for worker in state.fleet.workers.values() if worker.alive})
     return ClusterStatus(
-        policy=state.config.policy,
+        policy=state.config.scheduling.name,
         model=", ".join(models),
         workers=tuple(
             WorkerStatus(alive=worker.alive, last_seen_s=now - worker.last_seen, heartbeat=worker.heartbeat)
@@ -152,5 +152,13 @@ def describe_cluster(state: State, now: float) -> ClusterStatus:
         ),
         num_sessions=len(state.sessions),
         num_rounds_in_flight=state.num_rounds_in_flight,
-        counters=dict(sorted(state.counters.items())),
+        counters=dict(sorted(_count_all(state).items())),
     )
+
+
+def _count_all(state: State) -> dict[str, int]:
+    """What was counted, and the living workers that a profile was given for and does not fit."""
+    if state.config.profile is None:
+        return state.counters
+    off_profile = sum(worker.alive and worker.costs.rates is not None for worker in state.fleet.workers.values())
+    return {**state.counters, "workers_off_profile": off_profile}

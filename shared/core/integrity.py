@@ -12,6 +12,7 @@ def check_state(state: State) -> None:
     _check_counts(state)
     _check_sessions(state)
     _check_workers(state)
+    _check_residency(state)
 
 
 def _check_counts(state: State) -> None:
@@ -21,7 +22,7 @@ def _check_counts(state: State) -> None:
     assert state.sessions_of_tenant == tenants, "sessions of each tenant are counted"
     assert state.num_held == sum(map(len, state.held.values())), "held requests are counted"
     assert all(state.held.values()), "no key without held requests"
-    assert not state.purging & state.sessions.keys(), "the record of an open session is not purged"
+    assert not state.purging.keys() & state.sessions.keys(), "the record of an open session is not purged"
     assert not state.released, "released requests were looked at"
     reconciling = {s.key for s in in_flight if s.in_flight is not None and s.in_flight.phase == "reconciling"}
     assert state.reconciling == reconciling, "the reconciling set is the rounds in that phase"
@@ -55,16 +56,40 @@ def _check_sessions(state: State) -> None:
 
 def _check_workers(state: State) -> None:
     promised: Counter[int] = Counter()
+    num_bound: Counter[int] = Counter()
     for session in state.sessions.values():
         if session.binding is not None:
             growth = needed_growth(session.in_flight) if session.in_flight is not None else 0
             assert session.binding.num_promised_tokens == session.num_tokens + growth, "promises are up to date"
             promised[id(session.binding.worker)] += session.binding.num_promised_tokens
+            num_bound[id(session.binding.worker)] += 1
     for worker in state.fleet.workers.values():
-        assert worker.num_promised_tokens == promised[id(worker)], f"promises of {worker.worker_id} add up"
-        assert worker.num_running_tokens == sum(worker.running.values()), "running tokens add up"
-        for key in [*worker.running, *worker.prefills]:
+        load = worker.load
+        assert load.num_promised_tokens == promised[id(worker)], f"promises of {worker.worker_id} add up"
+        assert load.num_sessions == num_bound[id(worker)], f"sessions of {worker.worker_id} are counted"
+        assert load.num_active_tokens == sum(load.active.values()), "tokens of rounds in flight add up"
+        assert load.num_context_tokens == sum(load.decoding.values()), "contexts add up"
+        assert load.num_backlog_tokens == sum(p.num_new_tokens for p in load.prefills.values()), "the backlog adds up"
+        assert abs(load.backlog_s - sum(p.work_s for p in load.prefills.values())) < 1e-6, "the backlog's work adds up"
+        assert sorted(map(id, load.by_deadline)) == sorted(map(id, load.prefills.values())), "each prefill once"
+        assert not load.prefills.keys() & load.decoding.keys(), "a round prefills, then decodes"
+        assert load.decoding.keys() <= load.active.keys(), "what decodes runs here"
+        for key in [*load.active, *load.prefills]:
             session = state.sessions[key]
             assert session.in_flight is not None, f"{key} at {worker.worker_id} is in flight"
             at = {session.in_flight.decode, session.in_flight.prefill}
             assert worker.ref in at, f"{key} was placed on {worker.worker_id}"
+
+
+def _check_residency(state: State) -> None:
+    for session in state.sessions.values():
+        running = session.in_flight
+        num_more = needed_growth(running) if running is not None else 0
+        assert len(session.resident) <= state.config.max_holders, f"holders of {session.key} are bounded"
+        for ref, num_tokens in session.resident.items():
+            assert 0 <= num_tokens <= session.num_tokens + num_more, f"{ref.worker_id} holds a part of {session.key}"
+        if session.binding is not None:
+            assert session.binding.worker.ref not in session.resident, "the decode worker is no holder beside"
+    assert len(state.staging) <= state.config.max_staging_in_flight, "staging is bounded"
+    assert state.staging.keys() <= state.sessions.keys(), "staged sessions are open"
+    assert len(state.explained) <= state.config.closed_explained, "explanations are bounded"

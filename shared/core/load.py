@@ -13,6 +13,7 @@ from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
 from shared.messages import Role, WindowStats
 
+MAX_LATE_WORK_S = 30.0  # a prefill due later than this from now is not late, whatever it takes
 CORRECTION_WEIGHT = 0.1  # of the newest measurement in a running correction
 CORRECTION_RANGE = (0.2, 5.0)
 _EMPTY_WINDOW = WindowStats()
@@ -71,6 +72,17 @@ class WorkerLoad:
     def kv_share(self) -> float:
         """KV promised to the sessions bound here, in units of the pool."""
         return self.num_promised_tokens / self.num_kv_tokens
+
+    def count_pressing_tokens(self, now: float) -> int:
+        """KV that the rounds in flight need, those left out whose prefill is late already: they yield their room."""
+        num_tokens = self.num_active_tokens
+        for load in self.by_deadline:
+            if load.deadline >= now + load.work_s:
+                if load.deadline >= now + MAX_LATE_WORK_S:
+                    break
+                continue
+            num_tokens -= self.active.get(load.key, 0)
+        return num_tokens
 
     @property
     def active_share(self) -> float:

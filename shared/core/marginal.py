@@ -53,7 +53,7 @@ def shortlist_movable(view: RoutingView) -> list[WorkerLoad]:
     """The least loaded of the workers that have room for the round."""
     best: list[tuple[float, int, WorkerLoad]] = []
     for index, load in enumerate(view.movable):
-        if load.num_active_tokens + view.num_needed_tokens > load.num_kv_tokens:
+        if load.count_pressing_tokens(view.now) + view.num_needed_tokens > load.num_kv_tokens:
             continue
         measure = load.active_share + load.backlog_s / view.slo.ttft_s
         best.append((measure, index, load))
@@ -93,7 +93,7 @@ def _judge(
     spread_s = parameters.uncertainty * estimate.total_s + 0.002
     on_time = _probability(margin_s / spread_s)
     decode = load if estimate.placement == "local" else view.decode
-    if decode.num_active_tokens + view.num_needed_tokens > decode.num_kv_tokens:
+    if decode.count_pressing_tokens(view.now) + view.num_needed_tokens > decode.num_kv_tokens:
         on_time *= NO_ROOM  # it has to wait until others have ended
     _, slack_s = load.wait_before_s(view.deadline, view.now)
     disturbed = 0.0

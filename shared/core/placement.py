@@ -1,22 +1,28 @@
-"""Where an attempt runs: binding the session to a decode worker, routing its prefill, counting both."""
+"""Where an attempt runs: choosing the decode worker, routing the prefill, counting both."""
 
 from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
 
+import msgspec
+
 from shared.core.fleet import WorkerState, choose_decode_worker, fits
-from shared.core.routing import POLICIES, RoutingDecision, RoutingView, route_remote
+from shared.core.load import WorkerLoad
+from shared.core.residency import list_resident
+from shared.core.routing import RoutingDecision, RoutingView, predict_mixed_prefill, route_colocated
 from shared.core.session import Session
 from shared.core.state import State, needed_growth
 from shared.messages import Slo
+
+NO_PREFILL_WORKER = "no prefill worker"
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     decode: WorkerState
     prefill: WorkerState | None  # None: local
-    num_new_tokens: int  # to be prefilled, as expected
+    num_total_tokens: int  # of the conversation with this round's input
     decision: RoutingDecision
 
 
@@ -27,44 +33,50 @@ def choose_placement(
     num_new_tokens: int,
     num_needed_tokens: int,
     slo: Slo,
+    waited_s: float,
     avoid: Set[str] = frozenset(),
     force_local: bool = False,
 ) -> Placement | None:
-    """Bind the session if it must be, and route its prefill. None: no decode worker can take it now.
+    """The session's decode worker, and where the prefill runs. None: no decode worker can take it now. Changes nothing.
 
     The binding is sticky while its worker lives, takes work, has not failed this round and can hold it.
     """
     candidates = state.fleet.list_decode(session.opened.model, state.now)
     bound = find_bound_worker(state, session)
-    overcommit = state.config.kv_overcommit
+    scheduling, overcommit = state.config.scheduling, state.config.kv_overcommit
     if (
         bound is None
         or bound not in candidates
         or bound.worker_id in avoid
         or not fits(bound, num_needed_tokens, overcommit)
     ):
-        bound = choose_decode_worker(candidates, num_needed_tokens, avoid, overcommit)
+        bound = choose_decode_worker(candidates, num_needed_tokens, avoid, overcommit, scheduling.binding, state.now)
     if bound is None:
         return None
-    _bind(state, session, bound)
-    assert session.binding is not None
-    num_cached = max(0, min(session.binding.num_known_tokens, session.num_tokens) - 1)
+    num_total = session.num_tokens + num_new_tokens
     view = RoutingView(
-        num_cached_tokens=num_cached,
-        num_new_tokens=session.num_tokens - num_cached + num_new_tokens,
+        now=state.now,
+        num_cached_tokens=max(0, min(_count_known_tokens(session, bound), session.num_tokens) - 1),
+        num_total_tokens=num_total,
         first_round=session.num_tokens == 0,
         slo=slo,
-        decode=bound.load(),
-        prefill_workers=[]
-        if force_local
-        else [worker.load() for worker in state.fleet.list_prefill(bound, avoid, state.now)],
-        cost_model=state.cost_model,
+        decode=bound.load,
+        prefill_workers=() if force_local else _list_prefill_loads(state, bound, avoid),
+        num_needed_tokens=num_needed_tokens,
+        resident=list_resident(state, session) if scheduling.keeps_resident else {},
+        waited_s=waited_s,
     )
-    # With no prefill worker every policy is local; route_remote says so in the decision.
-    route = POLICIES[state.config.policy] if view.prefill_workers else route_remote
-    decision = route(view, state.config.routing)
+    decision = scheduling.route(view, scheduling.routing)
+    if not view.prefill_workers and scheduling.route is not route_colocated:
+        decision = msgspec.structs.replace(decision, reason=NO_PREFILL_WORKER)
     prefill = state.fleet.workers[decision.worker_id] if decision.placement == "remote" else None
-    return Placement(bound, prefill, view.num_new_tokens, decision)
+    return Placement(bound, prefill, num_total, decision)
+
+
+def _list_prefill_loads(state: State, bound: WorkerState, avoid: Set[str]) -> list[WorkerLoad]:
+    if state.config.scheduling.route is route_colocated:
+        return []
+    return [worker.load for worker in state.fleet.list_prefill(bound, avoid, state.now)]
 
 
 def find_bound_worker(state: State, session: Session) -> WorkerState | None:
@@ -74,18 +86,24 @@ def find_bound_worker(state: State, session: Session) -> WorkerState | None:
     return state.fleet.find(session.last_decode) if session.last_decode is not None else None
 
 
-def _bind(state: State, session: Session, worker: WorkerState) -> None:
+def _count_known_tokens(session: Session, worker: WorkerState) -> int:
+    """Tokens of the session that the worker has, as far as is known."""
+    if session.binding is not None:
+        return session.binding.num_known_tokens if session.binding.worker is worker else 0
+    return session.num_tokens if session.last_decode == worker.ref else 0  # bound before this coordinator started
+
+
+def bind_session(state: State, session: Session, worker: WorkerState) -> None:
+    """The session's decodes run here from now on; a worker that it leaves drops it."""
+    num_known_tokens = _count_known_tokens(session, worker)
     if session.binding is not None:
         if session.binding.worker is worker:
             return
         state.unbind(session)
-        state.bind(session, worker, 0)
         state.counters["rebinds"] += 1
-    else:
-        knows = session.last_decode == worker.ref  # bound there before this coordinator started
-        if not knows:
-            state.unbind(session)
-        state.bind(session, worker, session.num_tokens if knows else 0)
+    elif session.last_decode != worker.ref:
+        state.unbind(session)
+    state.bind(session, worker, num_known_tokens)
 
 
 def occupy_workers(state: State, session: Session, placement: Placement) -> None:
@@ -93,8 +111,26 @@ def occupy_workers(state: State, session: Session, placement: Placement) -> None
     running = session.in_flight
     assert running is not None
     running.decision = placement.decision
-    target = placement.prefill or placement.decode
-    target.begin_prefill(session.key, running.attempt, placement.num_new_tokens)
-    placement.decode.begin_running(session.key, session.num_tokens + needed_growth(running))
+    count_prefill(
+        state,
+        session,
+        placement.prefill or placement.decode,
+        num_total=placement.num_total_tokens,
+        num_new=placement.decision.chosen.num_new_tokens,
+    )
+    placement.decode.load.begin_round(session.key, session.num_tokens + needed_growth(running))
     state.update_promise(session)
     state.counters["prefills_remote" if placement.prefill else "prefills_local"] += 1
+
+
+def count_prefill(state: State, session: Session, worker: WorkerState, *, num_total: int, num_new: int) -> None:
+    """The last `num_new` of `num_total` tokens are to be computed at `worker`: its share of the worker's time, and what
+    it should take there, to be compared with what it takes."""
+    running = session.in_flight
+    assert running is not None
+    load, slo, num_history = worker.load, running.started.slo, num_total - num_new
+    predicted_s, _ = predict_mixed_prefill(load, state.config.scheduling.routing, num_history, num_new, slo.itl_s)
+    running.num_prefill_tokens = num_new
+    running.predicted_prefill_s = predicted_s / load.prefill_correction
+    deadline = running.received_at + slo.ttft_s
+    load.begin_prefill(session.key, num_new, load.work_s(num_history, num_new), deadline, state.now)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shared.core.attempts import command_decode_worker, lost_worker_error, start_next_attempt
+from shared.core.attempts import command_decode_worker, count_prompt, lost_worker_error, start_next_attempt
 from shared.core.events import RecordsLoaded
+from shared.core.placement import count_prefill
 from shared.core.records import AttemptStartedEntry, RecordEntry, RoundStartedEntry, WorkerRef
+from shared.core.residency import list_former_holders
 from shared.core.session import Session, fold
 from shared.core.state import State, needed_growth
-from shared.core.token_bytes import count_tokens
 
 
 def on_records_loaded(state: State, event: RecordsLoaded) -> None:
@@ -24,10 +25,10 @@ def on_records_loaded(state: State, event: RecordsLoaded) -> None:
         if session is None:
             state.counters["records_without_beginning"] += 1
             continue
+        session.opened_at = state.now
+        session.resident = dict.fromkeys(list_former_holders(record.entries, state.config.max_holders), 0)
         if session.closed:
-            state.purging.add(record.key)
-            if not state.unbind(session):
-                state.purge(record.key)
+            state.purge_when_dropped(record.key, state.drop_everywhere(session))
             continue
         state.add_session(session)
         _drop_at_former_workers(state, session, record.entries)
@@ -47,9 +48,9 @@ def _drop_at_former_workers(state: State, session: Session, entries: Sequence[Re
 
 def end_grace(state: State) -> None:
     """Workers that live have been heard of by now: nothing is expected of the others."""
-    for keys in state.early_drops.values():
+    for ref, keys in state.early_drops.items():
         for key in sorted(keys):
-            state.purge(key)
+            state.note_dropped(key, ref)
     state.early_drops.clear()
     if state.reconciling:
         reconcile_rounds(state)
@@ -95,9 +96,11 @@ def _ask_worker(state: State, session: Session, ref: WorkerRef) -> None:
     assert running is not None
     worker = state.fleet.workers[ref.worker_id]
     state.bind(session, worker, session.num_tokens)
-    worker.begin_running(session.key, session.num_tokens + needed_growth(running))
+    worker.load.begin_round(session.key, session.num_tokens + needed_growth(running))
     target = worker if running.prefill is None else state.fleet.workers[running.prefill.worker_id]
-    target.begin_prefill(session.key, running.attempt, running.num_input_tokens + count_tokens(running.forced))
+    num_total = count_prompt(session, running)
+    count_prefill(state, session, target, num_total=num_total, num_new=num_total - session.num_tokens)
+    running.predicted_prefill_s = 0.0  # it may have run already
     state.update_promise(session)
     running.not_before = running.deadline_at
     command_decode_worker(state, session)

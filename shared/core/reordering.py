@@ -15,10 +15,12 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from operator import attrgetter
 from typing import Literal
 
 from shared.core.types import RoundKey
 
+_ARRIVAL = attrgetter("arrival")
 OrderName = Literal["fcfs", "program_fcfs", "window", "moore_hodgson"]
 MAX_WINDOW = 8  # 8! = 40,320 orders: more would stall the worker that asks
 
@@ -40,16 +42,20 @@ class WaitingPrefill:
 
 @dataclass(frozen=True, slots=True)
 class OrderParameters:
-    """`window` and `max_postponements` as in the paper; `ageing_s`: who has waited longer is served in turn."""
+    """`window` and `max_postponements` as in the paper. moore_hodgson: who has waited longer than `ageing_s` gets
+    every `aged_every`-th turn: enough that none starves, too little for late ones to make the others late."""
 
     order: OrderName = "window"
     window: int = 3
     max_postponements: int = 8
-    ageing_s: float = 30.0
+    ageing_s: float = 20.0
+    aged_every: int = 4
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= MAX_WINDOW:
             raise ValueError(f"window must be in [1, {MAX_WINDOW}], got {self.window}")
+        if self.aged_every < 1:
+            raise ValueError(f"aged_every must be at least 1, got {self.aged_every}")
 
 
 def order_prefills(
@@ -99,8 +105,8 @@ def order_window(queue: Sequence[WaitingPrefill], now: float, window: int, max_p
 
 def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float) -> list[int]:
     """The order with the most tasks finished by their deadline, O(n log n): tasks are taken by deadline; whenever one
-    would finish late, the longest taken so far is put off. On-time tasks run by deadline, then the others, shortest
-    first: who is late anyway should keep as few as possible waiting."""
+    would finish late, the longest taken so far is put off. On-time tasks run by deadline, then the others by arrival:
+    who is late anyway should at least not be overtaken by who came later."""
     by_deadline = sorted(range(len(queue)), key=lambda index: queue[index].ttft_deadline)
     longest: list[tuple[float, int]] = []
     finish = now
@@ -117,7 +123,7 @@ def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float) -> list[int
             late.add(dropped)
     if not late:
         return by_deadline
-    put_off = sorted(late, key=lambda index: (queue[index].work_s, index))
+    put_off = sorted(late, key=lambda index: (queue[index].arrival, index))
     return [index for index in by_deadline if index not in late] + put_off
 
 
@@ -132,25 +138,36 @@ def lift_aged(order: list[int], queue: Sequence[WaitingPrefill], now: float, age
 class PrefillOrder:
     """The order of one worker's queue over time: counts who was passed over, and takes turns with the aged.
 
-    Of any two successive choices at least one goes to the oldest task if it has aged, so a task that has waited
-    `ageing_s` with k older ones before it starts after at most 2 (k + 1) further choices.
+    A turn is one step of the worker (or one task, where tasks run whole). Of any `aged_every` successive turns one goes
+    to the oldest task, if it has aged: a task with k older ones in the queue starts at most (k + 1) * aged_every turns
+    after it has aged, plus the turns that those k need in all.
     """
 
     def __init__(self, parameters: OrderParameters) -> None:
         self.parameters = parameters
-        self._aged_turn = True
+        self._num_turns = 0  # since the oldest task, aged, had one
+        self._oldest: WaitingPrefill | None = None
 
     def order(self, queue: Sequence[WaitingPrefill], now: float) -> list[int]:
+        self._oldest = min(queue, key=_ARRIVAL, default=None)
         if len(queue) < 2:
             return list(range(len(queue)))
-        return order_prefills(queue, now, self.parameters, aged_turn=self._aged_turn)
+        aged_turn = self._num_turns >= self.parameters.aged_every - 1
+        return order_prefills(queue, now, self.parameters, aged_turn=aged_turn)
 
-    def note_started(self, queue: Sequence[WaitingPrefill], index: int, now: float) -> None:
-        """The task at `index` of `queue` starts now: those before it have been passed over."""
+    def is_strict(self, task: WaitingPrefill, now: float) -> bool:
+        """Whether none may pass this task when there is no room for it: always in order of arrival; where tasks are
+        served by deadline, smaller ones pass until it has aged."""
+        return self.parameters.order != "moore_hodgson" or self._has_aged(task, now)
+
+    def note_started(self, queue: Sequence[WaitingPrefill], index: int) -> None:
+        """The task at `index` of `queue` starts: those before it have been passed over."""
         for task in queue[:index]:
             task.num_postponements += 1
-        self._aged_turn = not (self._aged_turn and now - queue[index].arrival > self.parameters.ageing_s)
 
+    def note_turn(self, first: WaitingPrefill, now: float) -> None:
+        """A turn goes to `first`."""
+        self._num_turns = 0 if first is self._oldest and self._has_aged(first, now) else self._num_turns + 1
 
-PredictPrefill = Callable[[int, int], float]
-"""(num_history_tokens, num_new_tokens) -> seconds of prefill."""
+    def _has_aged(self, task: WaitingPrefill, now: float) -> bool:
+        return now - task.arrival > self.parameters.ageing_s

@@ -133,7 +133,7 @@ def _estimate_at(
 ) -> OptionEstimate:
     history = view.num_total_tokens - view.num_new_tokens
     prefill_s, inflation = predict_mixed_prefill(load, parameters, history, view.num_new_tokens, view.slo.itl_s)
-    wait_s = _wait_s(load, view, parameters) * inflation
+    wait_s = _wait_s(load, view, parameters, prefill_s, inflation)
     return OptionEstimate(
         placement="local",
         worker_id=load.worker_id,
@@ -161,7 +161,7 @@ def estimate_remote(view: RoutingView, load: WorkerLoad, parameters: RoutingPara
     num_back = total - view.num_cached_tokens
     back_s = transfer_s(load, decode, num_back)
     prefill_s, inflation = predict_mixed_prefill(load, parameters, history, num_new, view.slo.itl_s)
-    wait_s = _wait_s(load, view, parameters) * inflation
+    wait_s = _wait_s(load, view, parameters, prefill_s, inflation)
     return OptionEstimate(
         placement="remote",
         worker_id=load.worker_id,
@@ -194,10 +194,15 @@ def predict_mixed_prefill(
     return mixed_s, max(1.0, mixed_s / alone_s) if alone_s > 0 else 1.0
 
 
-def _wait_s(load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:
+def _wait_s(
+    load: WorkerLoad, view: RoutingView, parameters: RoutingParameters, prefill_s: float, inflation: float
+) -> float:
+    """Served by deadline, only who is due earlier goes first; but a round that is late anyway waits for all."""
     if parameters.by_deadline:
-        return load.wait_before_s(view.deadline, view.now)[0]
-    return load.wait_s(view.now)
+        before_s = load.wait_before_s(view.deadline, view.now)[0] * inflation
+        if view.now + before_s + prefill_s <= view.deadline:
+            return before_s
+    return load.wait_s(view.now) * inflation
 
 
 # -------------------------------------------------------------------------------------- policies

@@ -27,9 +27,9 @@ from shared.core.records import (
 )
 from shared.core.routing import RoutingDecision
 from shared.core.stream_output import StreamOutput
-from shared.core.token_bytes import count_tokens, last_token, slice_tokens
+from shared.core.token_bytes import TOKEN_BYTES, count_tokens, last_token, slice_tokens
 from shared.core.types import SessionKey
-from shared.messages import ErrorReply, FinishReason, Usage
+from shared.messages import ErrorReply, FinishReason, Slo, Usage
 
 Phase = Literal[
     "recording",  # the attempt's entry is on its way into the record
@@ -61,13 +61,14 @@ class RoundInFlight:
     not_before: float = 0.0  # waiting: next try; stopping, reconciling: end of patience
     no_worker_since: float | None = None
     first_token_at: float | None = None
-    num_cached_tokens: int = 0
     ended_at_worker: bool = False  # the worker says it has finished: round_ended is on its way
     prefill_sent: bool = False
     prefill_ended: bool = False
     avoid: set[str] = field(default_factory=set)  # workers that failed this round
     num_remote_failures: int = 0
     decision: RoutingDecision | None = None
+    num_prefill_tokens: int = 0  # counted at the worker that prefills
+    predicted_prefill_s: float = 0.0  # of them, without the worker's running correction; 0: not predicted
     stop_reason: ErrorReply | None = None
     cancel_requests: list[int] = field(default_factory=list)
 
@@ -100,7 +101,11 @@ class EndedRound:
     finish_reason: FinishReason | None
     usage: Usage | None
     error: ErrorReply | None
-    decision: RoutingDecision | None
+    slo: Slo
+    # not durable: of rounds that this coordinator placed and saw
+    decision: RoutingDecision | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -145,6 +150,8 @@ class Session:
     last_decode: WorkerRef | None = None  # of the newest attempt
 
     binding: Binding | None = None
+    resident: dict[WorkerRef, int] = field(default_factory=dict)  # see residency.py
+    opened_at: float = 0.0  # by this coordinator: opened or recovered
     outbox: deque[PendingAppend] = field(default_factory=deque)  # only the first is with the service
     append_retry_at: float | None = None
     encoding: HeldRequest | None = None  # a round whose text is being tokenised
@@ -188,10 +195,15 @@ class Session:
         return slice_tokens(self.history, start) + tail
 
     def checksum_until(self, stop: int) -> int:
-        """crc32 of the first `stop` tokens of the history: a worker that has other tokens finds out by it."""
-        if stop == self.num_tokens:
+        """crc32 of the conversation's first `stop` tokens: a worker that has other tokens finds out by it."""
+        num_history = self.num_tokens
+        if stop < num_history:
+            return zlib.crc32(memoryview(self.history)[: stop * TOKEN_BYTES])
+        if stop == num_history:
             return self.history_checksum
-        return zlib.crc32(slice_tokens(self.history, 0, stop))
+        return zlib.crc32(
+            self.conversation_from(num_history)[: (stop - num_history) * TOKEN_BYTES], self.history_checksum
+        )
 
     def apply(self, entry: RecordEntry) -> None:
         """Change the durable part. An entry that has been applied before changes nothing."""
@@ -263,6 +275,7 @@ class Session:
             finish_reason=entry.finish_reason,
             usage=entry.usage,
             error=entry.error,
+            slo=running.started.slo,
             decision=running.decision,
         )
         self.in_flight = None

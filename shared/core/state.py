@@ -12,36 +12,58 @@ from dataclasses import dataclass
 
 from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, PurgeRecord, Reply, SendToWorker
 from shared.core.coordinator_config import CoordinatorConfig
-from shared.core.cost_model import CostModel
 from shared.core.fleet import Fleet, WorkerState
 from shared.core.records import RecordEntry, WorkerRef
 from shared.core.session import Binding, HeldRequest, PendingAppend, RoundInFlight, Session
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
-from shared.messages import CancelRun, DropSession, ErrorReply, PrefillTask, RunRound
+from shared.messages import (
+    CancelRun,
+    DropSession,
+    ErrorReply,
+    PrefillTask,
+    RunRound,
+    SessionExplained,
+    WorkerCommand,
+)
 
 
 @dataclass(slots=True)
 class PendingCommand:
-    """A command at a worker that has not been answered. `attempt` is 0 for DropSession."""
+    """A command at a worker that has not been answered. `attempt` is 0 for one that is about no round."""
 
     key: SessionKey
     round: int
     attempt: int
     worker: WorkerState
-    message: RunRound | PrefillTask | CancelRun | DropSession
+    message: WorkerCommand
     timeout_s: float
     num_tries: int = 1
 
 
+@dataclass(slots=True)
+class Staging:
+    """KV of an idle session on its way from its decode worker to a prefill worker that holds a part of it."""
+
+    decode: WorkerRef
+    holder: WorkerRef
+    until: float  # then it is given up
+    granted: bool = False
+
+
 class State:
-    def __init__(self, config: CoordinatorConfig, cost_model: CostModel) -> None:
+    def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
-        self.cost_model = cost_model
         self.now = 0.0
         self.grace_until = 0.0  # after a start: workers that live have sent a heartbeat by then
         self.commands: list[Command] = []
-        self.fleet = Fleet(config.heartbeat_timeout_s, config.worker_memory_s)
+        self.fleet = Fleet(
+            config.heartbeat_timeout_s,
+            config.worker_memory_s,
+            profile=config.profile,
+            cost_scale=config.cost_scale,
+            corrects=config.scheduling.corrects,
+        )
         self.sessions: dict[SessionKey, Session] = {}
         self.sessions_of_tenant: Counter[str] = Counter()
         self.num_rounds_in_flight = 0
@@ -51,7 +73,9 @@ class State:
         self.released: dict[SessionKey, None] = {}  # held requests to look at again at the end of this event
         self.reconciling: set[SessionKey] = set()
         self.early_drops: dict[WorkerRef, set[SessionKey]] = {}  # at workers not heard of yet, in the grace time
-        self.purging: set[SessionKey] = set()  # closed, but the worker has not confirmed that it dropped them
+        self.purging: dict[SessionKey, set[WorkerRef]] = {}  # closed; these have not confirmed that they dropped it
+        self.staging: dict[SessionKey, Staging] = {}
+        self.explained: dict[SessionKey, SessionExplained] = {}  # closed sessions, the newest last
         self.counters: Counter[str] = Counter()
         self._next_id = 1
         self._timers: list[tuple[float, int, SessionKey]] = []
@@ -90,20 +114,22 @@ class State:
         self,
         worker: WorkerState,
         key: SessionKey,
-        message: RunRound | PrefillTask | CancelRun | DropSession,
+        message: WorkerCommand,
         timeout_s: float | None = None,
     ) -> None:
         command_id = self.take_id()
         if timeout_s is None:
             timeout_s = self.config.command_timeout_s
-        round_index, attempt = (-1, 0) if isinstance(message, DropSession) else (message.round, message.attempt)
+        round_index, attempt = -1, 0
+        if isinstance(message, RunRound | PrefillTask | CancelRun):
+            round_index, attempt = message.round, message.attempt
         self.pending[command_id] = PendingCommand(key, round_index, attempt, worker, message, timeout_s)
         self.emit(SendToWorker(command_id=command_id, worker_id=worker.worker_id, message=message, timeout_s=timeout_s))
 
     # ---------------------------------------------------------------- sessions
 
     def add_session(self, session: Session) -> None:
-        self.purging.discard(session.key)  # its record is in use again
+        self.purging.pop(session.key, None)  # its record is in use again
         self.sessions[session.key] = session
         self.sessions_of_tenant[session.key.tenant] += 1
 
@@ -113,6 +139,7 @@ class State:
             self.leave_workers(session)
             self.num_rounds_in_flight -= 1
         self.release_binding(session)
+        self.staging.pop(session.key, None)
         self.reconciling.discard(session.key)
         del self.sessions[session.key]
         self.sessions_of_tenant[session.key.tenant] -= 1
@@ -123,7 +150,9 @@ class State:
     def bind(self, session: Session, worker: WorkerState, num_known_tokens: int) -> None:
         assert session.binding is None
         session.binding = Binding(worker, num_known_tokens)
+        session.resident.pop(worker.ref, None)  # what it has is the session's own KV now
         worker.owed_drops.discard(session.key)
+        worker.load.num_sessions += 1
         self.update_promise(session)
 
     def update_promise(self, session: Session) -> None:
@@ -132,27 +161,35 @@ class State:
         if binding is None:
             return
         promised = session.num_tokens + (needed_growth(session.in_flight) if session.in_flight is not None else 0)
-        binding.worker.num_promised_tokens += promised - binding.num_promised_tokens
+        binding.worker.load.num_promised_tokens += promised - binding.num_promised_tokens
         binding.num_promised_tokens = promised
 
     def release_binding(self, session: Session) -> WorkerState | None:
         binding, session.binding = session.binding, None
         if binding is None:
             return None
-        binding.worker.num_promised_tokens -= binding.num_promised_tokens
+        binding.worker.load.num_promised_tokens -= binding.num_promised_tokens
+        binding.worker.load.num_sessions -= 1
         return binding.worker
 
-    def unbind(self, session: Session) -> bool:
+    def unbind(self, session: Session) -> WorkerRef | None:
         """Leave the decode worker, and have it drop the session: now, or when it can be reached again.
 
-        True: its answer can be expected.
+        The worker if its answer can be expected.
         """
         worker = self.release_binding(session)
         if worker is not None:
-            return self.drop_at(worker, session.key)
-        if session.last_decode is not None:  # bound before this coordinator started
-            return self.drop_at_ref(session.last_decode, session.key)
-        return False
+            return worker.ref if self.drop_at(worker, session.key) else None
+        ref = session.last_decode  # bound before this coordinator started
+        return ref if ref is not None and self.drop_at_ref(ref, session.key) else None
+
+    def drop_everywhere(self, session: Session) -> set[WorkerRef]:
+        """Leave the decode worker, and every prefill worker that may hold KV; those whose answer can be expected."""
+        bound = self.unbind(session)
+        expected = {bound} if bound is not None else set()
+        expected.update(ref for ref in session.resident if self.drop_at_ref(ref, session.key))
+        session.resident.clear()
+        return expected
 
     def drop_at(self, worker: WorkerState, key: SessionKey) -> bool:
         if worker.alive:
@@ -170,17 +207,28 @@ class State:
             return True
         return False
 
-    def is_bound_at(self, ref: WorkerRef, key: SessionKey) -> bool:
+    def is_held_at(self, ref: WorkerRef, key: SessionKey) -> bool:
         """The session lives at this worker (again): a drop that is still owed would hit the wrong life of it."""
         session = self.sessions.get(key)
         if session is None:
             return False
+        if ref in session.resident:
+            return True
         return session.binding.worker.ref == ref if session.binding is not None else session.last_decode == ref
 
-    def purge(self, key: SessionKey) -> None:
-        """A closed session's worker has dropped it, or is gone: nobody needs the record any more."""
+    def purge_when_dropped(self, key: SessionKey, expected: set[WorkerRef]) -> None:
+        """The session is closed: its record goes when the workers in `expected` have dropped it, or are gone."""
+        self.purging[key] = expected
+        self._purge_if_dropped(key)
+
+    def note_dropped(self, key: SessionKey, ref: WorkerRef) -> None:
         if key in self.purging:
-            self.purging.discard(key)
+            self.purging[key].discard(ref)
+            self._purge_if_dropped(key)
+
+    def _purge_if_dropped(self, key: SessionKey) -> None:
+        if not self.purging[key]:
+            del self.purging[key]
             self.emit(PurgeRecord(key=key))
 
     def leave_workers(self, session: Session) -> None:
@@ -190,8 +238,8 @@ class State:
         for ref in (running.decode, running.prefill):
             worker = self.fleet.workers.get(ref.worker_id) if ref is not None else None
             if worker is not None:
-                worker.end_running(session.key)
-                worker.end_prefill(session.key)
+                worker.load.end_prefill(session.key, self.now)
+                worker.load.end_round(session.key)
 
     # ---------------------------------------------------------------- held requests
 

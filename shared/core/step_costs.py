@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shared.core.profile import Curve, DegreeProfile, Grid, Links, Profile
 
+CHUNK_STEP = 8  # tokens: a largest chunk is found to within this
 PREFILL_STEP_TOKENS = 8_192  # T_pre of more tokens is the sum of steps of this size
 
 
@@ -122,14 +123,13 @@ class StepCosts:
 
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""
-        decode_s = self.decode_attend(batch, mean_context) if batch else 0.0
-        rest_s = budget_s / self.scale - decode_s
-        chunk = int(self.linear.inverse(rest_s)) - batch
-        for _ in range(4):  # attention of the chunk takes its share: a fixed point, approached from above
-            if chunk <= 0:
-                return 0
-            fitting = int(self.linear.inverse(rest_s - self.attend(num_history, chunk))) - batch
-            if fitting >= chunk:
-                return chunk
-            chunk = (chunk + fitting) // 2 if fitting > 0 and chunk - fitting > 64 else fitting
-        return max(0, chunk)
+        rest_s = budget_s / self.scale - (self.decode_attend(batch, mean_context) if batch else 0.0)
+        high = int(self.linear.inverse(rest_s)) - batch  # more cannot fit, attention aside
+        low = 0
+        while high - low > CHUNK_STEP:
+            chunk = (low + high + 1) // 2
+            if self.linear(batch + chunk) + self.attend(num_history, chunk) <= rest_s:
+                low = chunk
+            else:
+                high = chunk - 1
+        return low

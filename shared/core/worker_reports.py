@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from shared.core.attempts import KV_FAILURES, RETRYABLE, end_prefill, lose_worker, start_next_attempt
+from shared.core.attempts import (
+    KV_FAILURES,
+    RETRYABLE,
+    begin_decoding,
+    count_prompt,
+    lose_worker,
+    start_next_attempt,
+)
 from shared.core.commands import AcknowledgeEvent
 from shared.core.endings import fail_round, finish_from_stream, finish_round
 from shared.core.events import HeartbeatSeen, StreamSeen, WorkerReported
+from shared.core.fleet import WorkerState
 from shared.core.records import RoundEndedEntry, WorkerRef
 from shared.core.recovery import reconcile_rounds
+from shared.core.residency import forget_evicted, note_prefilled
 from shared.core.session import RoundInFlight, Session
+from shared.core.staging import begin_staging, on_kv_staged
 from shared.core.state import State
 from shared.core.stream_output import may_end_round
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
-from shared.messages import ErrorReply, PrefillEnded, RoundEnded, WorkerLeaving
+from shared.messages import ErrorReply, KvStaged, PrefillEnded, RoundEnded, WorkerLeaving
 
 
 def on_heartbeat(state: State, event: HeartbeatSeen) -> None:
@@ -24,11 +34,11 @@ def on_heartbeat(state: State, event: HeartbeatSeen) -> None:
         lose_worker(state, replaced)
     if worker is None:
         return
-    state.cost_model.observe_worker(event.heartbeat)
+    forget_evicted(state, worker, event.heartbeat.evicted)
     drops = worker.owed_drops | state.early_drops.pop(worker.ref, set())
     worker.owed_drops = set()
     for key in sorted(drops):
-        if not state.is_bound_at(worker.ref, key):
+        if not state.is_held_at(worker.ref, key):
             state.drop_at(worker, key)
     if state.reconciling:
         reconcile_rounds(state)
@@ -47,6 +57,9 @@ def on_worker_report(state: State, event: WorkerReported) -> None:
         case PrefillEnded():
             state.acknowledge(event.ack_id)
             _on_prefill_ended(state, event.report)
+        case KvStaged():
+            state.acknowledge(event.ack_id)
+            on_kv_staged(state, event.report)
         case WorkerLeaving():
             state.acknowledge(event.ack_id)
             worker = state.fleet.find(WorkerRef(event.report.worker_id, event.report.incarnation))
@@ -116,25 +129,40 @@ def _refuse_unknown(state: State, ack_id: int, report: RoundEnded) -> None:
 
 
 def _on_prefill_ended(state: State, report: PrefillEnded) -> None:
-    key = SessionKey(report.tenant, report.session)
-    worker = state.fleet.find(WorkerRef(report.worker_id, report.incarnation))
-    if worker is not None and key in worker.prefills and worker.prefills[key].attempt == report.attempt:
-        worker.end_prefill(key)
-    session = state.sessions.get(key)
-    running = session.in_flight if session is not None else None
-    if session is None or running is None or running.prefill is None:
+    ref = WorkerRef(report.worker_id, report.incarnation)
+    session = state.sessions.get(SessionKey(report.tenant, report.session))
+    if session is None:
         return
-    if (running.index, running.attempt) != (report.round, report.attempt) or (
-        running.prefill != WorkerRef(report.worker_id, report.incarnation)
-    ):
+    note_prefilled(state, session, report)
+    running = session.in_flight
+    if running is None:
+        begin_staging(state, session)  # the report was overtaken by the end of its round
+        return
+    if running.prefill != ref:
+        return
+    if (running.index, running.attempt) != (report.round, report.attempt):
         return
     running.prefill_ended = True
+    worker = state.fleet.find(ref)
+    if worker is not None:
+        worker.load.end_prefill(session.key, state.now)
+        if report.error is None and state.config.scheduling.corrects:
+            _learn_from_remote(worker, session, running, report)
     if report.error is None:
-        state.cost_model.observe_prefill(
-            report.worker_id, running.num_cached_tokens, report.num_new_tokens, report.prefill_s
-        )
-    elif running.phase in ("starting", "prefilling", "reconciling"):
+        return
+    if running.phase in ("starting", "prefilling", "reconciling"):
         start_next_attempt(state, session, report.error, avoid=report.worker_id, remote_failed=True)
+
+
+def _learn_from_remote(worker: WorkerState, session: Session, running: RoundInFlight, report: PrefillEnded) -> None:
+    """What a prefill took, against what was predicted for it, or, if it computed other tokens, for those alone."""
+    predicted_s = running.predicted_prefill_s
+    if report.num_new_tokens != running.num_prefill_tokens:
+        if worker.load.decoding:
+            return
+        num_history = max(0, count_prompt(session, running) - report.num_new_tokens)
+        predicted_s = worker.load.costs.prefill_s(num_history, report.num_new_tokens)
+    worker.load.observe_prefill(predicted_s, report.prefill_s)
 
 
 # ------------------------------------------------------------------------------- streams
@@ -150,6 +178,6 @@ def on_stream(state: State, event: StreamSeen) -> None:
         running.first_token_at = state.now
     if running.phase in ("starting", "prefilling") and running.output.next_seq > 0:
         running.phase = "decoding"
-        end_prefill(state, session, running)
+        begin_decoding(state, session, running)
     if may_end_round(event.payloads[-1]) and running.output.is_complete:
         finish_from_stream(state, session)

@@ -12,10 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
-from shared.core.batching import PlannedItem, Scheduler, SequenceState, SessionKv
-from shared.core.batching import Sequence as RunningSequence
+from shared.core.batching import Scheduler
 from shared.core.kv_blocks import BlockAllocator
+from shared.core.policies import SchedulingPolicy
+from shared.core.sequences import PlannedItem, SequenceState, SessionKv
+from shared.core.sequences import Sequence as RunningSequence
+from shared.core.step_costs import StepCosts
+from shared.core.step_prediction import StepPredictor
 from shared.core.types import KvLayout, RoundKey, Segment
+from shared.engine.host_tier import HostKv, HostTier
 from shared.engine.step import StepItem
 from shared.errors import AmpdError, ErrorCode
 
@@ -60,6 +65,32 @@ class EngineLoop:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
+        self.host_tier: HostTier | None = None
+        self._host_read_s: Callable[[int], float] | None = None
+
+    def follow(
+        self,
+        policy: SchedulingPolicy,
+        costs: StepCosts | None = None,
+        *,
+        host_kv_bytes: int = 0,
+        host_read_s: Callable[[int], float] | None = None,
+    ) -> None:
+        """Schedule by `policy` from now on; to be called once, before `run`.
+
+        costs: of this worker's steps, None if they were not measured. host_kv_bytes: host memory for evicted KV, used
+        if the policy has a host tier. host_read_s: what reading back n tokens of it should last, where an emulated
+        engine has no such memory (seconds).
+        """
+        predictor = StepPredictor(costs, corrects=policy.corrects)
+        self.scheduler.follow(policy.chunk, policy.order, policy.retention, predictor)
+        num_blocks = host_kv_bytes // self.runner.layout.bytes_per_block
+        if policy.host_tier and num_blocks > 0:
+            self.host_tier = HostTier(
+                self.runner.pool, num_blocks=num_blocks, retention=policy.retention, predictor=predictor
+            )
+            self.scheduler.lower_tier = self.host_tier
+            self._host_read_s = host_read_s
 
     def submit(self, sequence: RunningSequence, on_token: TokenHandler) -> None:
         """Take a sequence in; `on_token(sequence, token)` is called for every token sampled for it.
@@ -98,14 +129,49 @@ class EngineLoop:
         """Blocks for positions [0, num_tokens), preempting if need be, at a moment when no forward pass runs."""
         while self._in_step:
             await self._step_ended.wait()
-        return self.scheduler.reserve_preempting(kv, num_tokens, arrival)
+        return self.scheduler.reserve_preempting(kv, num_tokens, arrival, now=self.clock())
+
+    def reserve_idle(self, kv: SessionKv, num_tokens: int, *, evict: bool = True) -> bool:
+        """Blocks for positions [0, num_tokens), from what no running sequence holds; may be called during a step."""
+        return self.scheduler.reserve(kv, num_tokens, now=self.clock(), evict=evict)
+
+    async def restore(self, kv: SessionKv, max_tokens: int) -> int:
+        """Bring an idle session's KV back from host memory, as far as position `max_tokens`; how many tokens came.
+
+        Nobody may start, stop or forget the session meanwhile. Cancelled, it returns once its blocks are left alone.
+        """
+        tier = self.host_tier
+        entry = tier.take(kv) if tier is not None else None
+        if tier is None or entry is None:
+            return 0
+        target = min(entry.num_tokens, max_tokens)
+        if target <= kv.num_kv or not self.reserve_idle(kv, target):
+            tier.put_back(kv, entry)
+            return 0
+        was_pinned, kv.pinned = kv.pinned, True
+        reading = asyncio.ensure_future(self._read_host(tier, entry, kv, target))
+        try:
+            await asyncio.shield(reading)
+        finally:
+            if not reading.done():
+                await asyncio.wait([reading])
+            kv.pinned = was_pinned
+            tier.release(entry)
+        num_restored, kv.num_kv = target - kv.num_kv, target
+        return num_restored
+
+    async def _read_host(self, tier: HostTier, entry: HostKv, kv: SessionKv, target: int) -> None:
+        num_tokens, started = target - kv.num_kv, self.clock()
+        await asyncio.to_thread(tier.read, entry, tuple(kv.block_table), kv.num_kv, target)
+        if self._host_read_s is not None:
+            await asyncio.sleep(max(0.0, self._host_read_s(num_tokens) - (self.clock() - started)))
 
     async def run(self) -> None:
         """Run steps until cancelled. A failure of the forward pass is a programming error: it ends the process."""
         loop = asyncio.get_running_loop()
         try:
             while True:
-                planned = self.scheduler.plan_step()
+                planned = self.scheduler.plan_step(self.clock())
                 if not planned:
                     self._work.clear()
                     await self._work.wait()
@@ -115,8 +181,9 @@ class EngineLoop:
                 self._step_ended = asyncio.Event()
                 started = self.clock()
                 for item in planned:
-                    if item.sequence.first_step_at is None:
-                        item.sequence.first_step_at = started
+                    on_start, item.sequence.on_start = item.sequence.on_start, None
+                    if on_start is not None:
+                        on_start()
                 tokens = await loop.run_in_executor(self._executor, self.runner.step, items)
                 self._in_step = set()
                 self._take(planned, tokens, self.clock() - started)
@@ -156,11 +223,16 @@ class EngineLoop:
 
     def _observe(self, planned: Sequence[PlannedItem], seconds: float) -> None:
         """Exponentially weighted rates, for routing: of steps that only prefill, and of steps that only decode."""
-        num_prefill = sum(item.num_tokens for item in planned if item.num_tokens > 1)
+        predictor = self.scheduler.predictor
+        chunks = [(item.sequence.kv.num_kv, item.num_tokens) for item in planned if item.num_tokens > 1]
+        contexts = [item.sequence.kv.num_kv + 1 for item in planned if item.num_tokens == 1]
+        num_prefill = sum(num_tokens for _, num_tokens in chunks)
         if num_prefill == 0:
             self.decode_step_s = _blend(self.decode_step_s, seconds)
-        elif all(item.num_tokens > 1 for item in planned) and seconds > 0:
+        elif not contexts and seconds > 0:
             self.prefill_tokens_per_s = _blend(self.prefill_tokens_per_s, num_prefill / seconds)
+            predictor.tokens_per_s = self.prefill_tokens_per_s
+        predictor.observe(len(contexts), sum(contexts) / len(contexts) if contexts else 0.0, chunks, seconds)
 
 
 def build_scheduler(runner: StepRunner, *, chunk_tokens: int, max_prefill_tokens: int, max_batch: int) -> Scheduler:

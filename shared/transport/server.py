@@ -220,7 +220,7 @@ class KvServer:
             channel.set_deadlines(
                 progress_timeout_s=_clamp(body.progress_timeout_s, 0.01, _MAX_PROGRESS_TIMEOUT_S), deadline_s=math.inf
             )
-            self._send_lease(channel, frame.lease, lease, _clamp(body.keepalive_s, 0.01, KEEPALIVE_S))
+            self._send_lease(channel, frame.lease, lease, body, _clamp(body.keepalive_s, 0.01, KEEPALIVE_S))
             _expect(channel.receive_frame(), FrameKind.DELIVERED)
             end, reason = LeaseEnd.DELIVERED, ""
         except AmpdError as error:
@@ -251,24 +251,24 @@ class KvServer:
         now = self._leases.clock()
         if now > lease.granted_at + claims.ttl_s:
             raise AmpdError(ErrorCode.KV_TICKET_INVALID, f"the ticket's {claims.ttl_s:.3g} s have passed")
-        if (body.token_start, body.token_stop) != (lease.token_start, lease.token_stop):
+        if not lease.token_start <= body.token_start < body.token_stop <= lease.token_stop:
             raise AmpdError(
                 ErrorCode.KV_LEASE_INVALID,
                 f"the lease is of tokens [{lease.token_start}, {lease.token_stop}), "
                 f"not [{body.token_start}, {body.token_stop})",
             )
-        num_bytes = (lease.token_stop - lease.token_start) * self._memory.layout.bytes_per_token
+        num_bytes = (body.token_stop - body.token_start) * self._memory.layout.bytes_per_token
         if num_bytes > claims.max_bytes:
             raise AmpdError(
-                ErrorCode.KV_TICKET_INVALID, f"the ticket allows {claims.max_bytes} bytes, the lease has {num_bytes}"
+                ErrorCode.KV_TICKET_INVALID, f"the ticket allows {claims.max_bytes} bytes, {num_bytes} are asked for"
             )
         self._nonces.use(claims, now)
         lease.begin_pull()
         return lease
 
-    def _send_lease(self, channel: Channel, name: LeaseId, lease: Lease, keepalive_s: float) -> None:
-        """Send what is published as it is published, then the trailer. Raises ConnectionLost, and also if the lease
-        ended before the last byte: the trailer has said so, and the connection is given up."""
+    def _send_lease(self, channel: Channel, name: LeaseId, lease: Lease, body: PullBody, keepalive_s: float) -> None:
+        """Send what is published of the range asked for, as it is published, then the trailer. Raises ConnectionLost,
+        and also if the lease ended before the last byte: the trailer has said so, and the connection is given up."""
         digest = Digest()
         num_bytes, waiting_s, index = 0, 0.0, 0
         failure: AmpdError | None = None
@@ -283,7 +283,13 @@ class KvServer:
                     channel.send_control(FrameKind.KEEPALIVE, lease=name)
                     continue
                 index += 1
-                for segment in split_segment(found, self._memory.layout):
+                wanted = found._replace(
+                    token_start=max(found.token_start, body.token_start),
+                    token_stop=min(found.token_stop, body.token_stop),
+                )
+                if wanted.token_start >= wanted.token_stop:
+                    continue  # the receiver has these
+                for segment in split_segment(wanted, self._memory.layout):
                     lease.check()
                     num_bytes += self._send_segment(channel, name, lease, segment, digest)
             lease.check()

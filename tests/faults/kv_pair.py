@@ -181,9 +181,9 @@ class KvPair:
         raise AssertionError("the pull succeeded")
 
     def assert_moved(self, lease: Lease, request: PullRequest) -> None:
-        """Every byte of the range is where the receiver's block table says, and no other byte has changed."""
+        """Every byte asked for is where the receiver's block table says, and no other byte has changed."""
         expected = np.zeros_like(self.target.blocks)
-        for position in range(lease.token_start, lease.token_stop):
+        for position in range(request.token_start, request.token_stop):
             index, slot = divmod(position, self.layout.block_size)
             sent = self.source.blocks[lease.block_table[index], :, :, slot]
             expected[request.block_table[index], :, :, slot] = sent

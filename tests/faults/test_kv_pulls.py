@@ -37,6 +37,24 @@ async def test_scattered_blocks_arrive_bit_identical(
         assert len(pair.leases) == 0
 
 
+@pytest.mark.parametrize(("token_start", "token_stop"), [(3, 30), (11, 30), (3, 29), (12, 13)])
+async def test_a_receiver_that_has_a_part_pulls_the_rest(
+    token_start: int, token_stop: int, family: str, tmp_path: Path
+) -> None:
+    """A range within the lease, published as it would be: what was there at once, then layer by layer."""
+    async with KvPair(family, tmp_path) as pair:
+        lease = pair.grant(3, 30, complete=False)
+        lease.publish(Segment(0, pair.layout.num_layers, 3, 17))
+        for layer in range(pair.layout.num_layers):
+            lease.publish(Segment(layer, layer + 1, 17, 30))
+        lease.finish()
+        request = replace(pair.request(lease), token_start=token_start, token_stop=token_stop)
+        result = await pair.client.start_pull(request).wait()
+        pair.assert_moved(lease, request)
+        assert result.num_bytes == (token_stop - token_start) * pair.layout.bytes_per_token
+        assert await pair.ended(lease) is LeaseEnd.DELIVERED
+
+
 async def test_many_frames_arrive_bit_identical(family: str, tmp_path: Path) -> None:
     async with KvPair(family, tmp_path, layout=LARGE) as pair:
         lease = pair.grant(5, 37 * 16 - 3)

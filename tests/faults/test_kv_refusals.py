@@ -132,14 +132,14 @@ async def test_leases_that_are_not_there(family: str, tmp_path: Path) -> None:
     async with KvPair(family, tmp_path) as pair:
         ended = pair.grant(0, 8)
         assert pair.leases.release(ended.lease_id, ended.generation)
-        lease = pair.grant(0, 8)
+        lease = pair.grant(1, 8)
         assert lease.lease_id == ended.lease_id  # the slot is used again: only the generation differs
         good = pair.request(lease)
         for wrong in (
             pair.request(ended),
             replace(pair.request(lease), generation=ended.generation),
             replace(pair.request(lease), lease_id=77),
-            replace(pair.request(lease), token_stop=7),
+            replace(pair.request(lease), token_start=0),
         ):
             error = await pair.pull_failure(wrong)
             assert error.code is ErrorCode.KV_LEASE_INVALID

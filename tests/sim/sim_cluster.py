@@ -45,6 +45,7 @@ from shared.errors import ErrorCode
 from shared.messages import (
     ClientRequest,
     Heartbeat,
+    KvStaged,
     Message,
     PrefillEnded,
     Role,
@@ -89,6 +90,7 @@ class SimCluster:
         self.published_failures: list[tuple[SessionKey, RoundFailed]] = []
         self.event_log: list[tuple[float, Event, list[Command]]] = []
         self.coordinator: Coordinator | None = None
+        self.num_mismatches = 0  # kept KV that was not what the coordinator believed
         self._life = 0  # of the coordinator: what an earlier life still had under way is lost
         self._number = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -166,7 +168,8 @@ class SimCluster:
             assert folded.history == session.history
             assert folded.history_checksum == session.history_checksum
             assert (folded.num_rounds, folded.round_of_key) == (session.num_rounds, session.round_of_key)
-            assert [replace(r, decision=None) for r in session.rounds.values()] == list(folded.rounds.values())
+            live = [replace(r, decision=None, ttft_s=None, tpot_s=None) for r in session.rounds.values()]
+            assert live == list(folded.rounds.values())
             assert (folded.in_flight is None) == (session.in_flight is None)
             if folded.in_flight is not None and session.in_flight is not None:
                 for name in ("started", "attempt", "forced", "decode", "prefill"):
@@ -285,7 +288,7 @@ class SimCluster:
     def deliver_heartbeat(self, worker: SimWorker, heartbeat: Heartbeat) -> None:
         self.deliver(f"from-{worker.worker_id}", lambda: self.feed(HeartbeatSeen(heartbeat=heartbeat)))
 
-    def report_until_acknowledged(self, worker: SimWorker, report: RoundEnded | PrefillEnded) -> None:
+    def report_until_acknowledged(self, worker: SimWorker, report: RoundEnded | PrefillEnded | KvStaged) -> None:
         done = False
 
         def acknowledged() -> None:
@@ -376,7 +379,11 @@ class SimCluster:
         for worker in self.workers.values():
             assert not worker.sessions, f"{worker.worker_id} still has {list(worker.sessions)}"
             assert not worker.tasks
+            assert not worker.resident, f"{worker.worker_id} keeps KV of {list(worker.resident)}"
         for worker_state in state.fleet.workers.values():
-            assert not worker_state.running
-            assert not worker_state.prefills
-            assert worker_state.num_promised_tokens == 0
+            load = worker_state.load
+            assert not load.active
+            assert not load.prefills
+            assert not load.decoding
+            assert (load.num_promised_tokens, load.num_sessions, load.backlog_s) == (0, 0, 0.0)
+        assert not state.staging

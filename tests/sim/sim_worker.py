@@ -15,18 +15,24 @@ from shared.messages import (
     CancelRun,
     DropSession,
     ErrorReply,
+    GrantHistory,
     Heartbeat,
+    HistoryGranted,
     KvSource,
+    KvStaged,
     Message,
     NeedTokens,
     PrefillEnded,
     PrefillTask,
+    ResidentKv,
     Role,
     RoundEnded,
     RoundFinished,
     RoundTokens,
     RunRound,
     RunRoundAck,
+    SessionRef,
+    StageKv,
     StopConditions,
     Usage,
     WindowStats,
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 1000
 EOS = 0
 MAX_CONTEXT = 4096
-PREFILL_S, TOKEN_S = 0.02, 0.01
+PREFILL_S, TOKEN_S, STAGE_S = 0.02, 0.01, 0.005
 
 
 def compute_token(prompt: list[int], index: int) -> int:
@@ -82,6 +88,25 @@ class SimSession:
     run: SimRun | None = None
 
 
+@dataclass(eq=False)
+class SimResident:
+    """KV of the first base + len(tokens) positions of a session bound elsewhere, known by their checksums."""
+
+    base: int
+    base_checksum: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.base + len(self.tokens)
+
+    def matches(self, wanted: ResidentKv) -> bool:
+        if not self.base <= wanted.num_tokens <= self.num_tokens:
+            return False
+        known = pack_token_ids(self.tokens[: wanted.num_tokens - self.base])
+        return zlib.crc32(known, self.base_checksum) == wanted.checksum
+
+
 class SimWorker:
     def __init__(self, cluster: SimCluster, worker_id: str, role: Role, incarnation: int) -> None:
         self.cluster = cluster
@@ -93,6 +118,11 @@ class SimWorker:
         self.sessions: dict[SessionKey, SimSession] = {}
         self.tasks: dict[tuple[SessionKey, int, int], PrefillTask] = {}
         self.ended_tasks: set[tuple[SessionKey, int, int]] = set()
+        self.resident: dict[SessionKey, SimResident] = {}
+        self.staging: dict[SessionKey, StageKv] = {}
+        self.evicted: list[SessionRef] = []
+        self.num_reused_tokens = 0
+        self.num_staged_tokens = 0
         self.heartbeat_seq = 0
         self._beat()
 
@@ -105,6 +135,7 @@ class SimWorker:
 
     def heartbeat(self) -> Heartbeat:
         self.heartbeat_seq += 1
+        evicted, self.evicted = tuple(self.evicted), []
         return Heartbeat(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -131,6 +162,8 @@ class SimWorker:
             decode_step_s=TOKEN_S,
             kv_bytes_per_s=1e9,
             draining=self.draining,
+            num_resident_tokens=sum(resident.num_tokens for resident in self.resident.values()),
+            evicted=evicted,
         )
 
     # ------------------------------------------------------------------------- commands
@@ -147,10 +180,16 @@ class SimWorker:
             case DropSession():
                 key = SessionKey(message.tenant, message.session)
                 self._cancel_tasks(key, 10**9, 10**9)
+                self.resident.pop(key, None)
+                self.staging.pop(key, None)
                 session = self.sessions.pop(key, None)
                 if session is not None:
                     self._stop_run(session)
                 return Ack()
+            case GrantHistory():
+                return self._grant_history(message)
+            case StageKv():
+                return self._stage_kv(message)
         raise AssertionError(f"no worker command: {message}")
 
     def _run_round(self, message: RunRound) -> Message:
@@ -222,7 +261,9 @@ class SimWorker:
             session.run = None
 
     def forget_kv(self) -> None:
-        """Memory pressure: KV and tokens of idle sessions go."""
+        """Memory pressure: KV and tokens of idle sessions go, and what is kept for others."""
+        self.evicted += [SessionRef(tenant=key.tenant, session=key.session) for key in self.resident]
+        self.resident.clear()
         for key, session in list(self.sessions.items()):
             if session.run is None or session.run.ended is not None:
                 del self.sessions[key]
@@ -317,7 +358,10 @@ class SimWorker:
         assert self.role != "decode", "only prefill workers get tasks"
         assert message.token_ids, "a prefill computes at least one token"
         assert (message.history is not None) == (message.num_cached_tokens > 0)
+        num_total = message.num_cached_tokens + len(message.token_ids) // 4
+        assert message.resident is None or 0 < message.resident.num_tokens < num_total
         key = SessionKey(message.tenant, message.session)
+        self.staging.pop(key, None)  # a prefill goes before
         task = key, message.round, message.attempt
         if task in self.tasks or task in self.ended_tasks:
             return Ack()
@@ -341,8 +385,11 @@ class SimWorker:
         decode = self.cluster.workers.get(message.decode_worker)
         reachable = decode is not None and decode.alive and not self.cluster.data_plane_is_cut()
         error = None
+        num_reused = 0
         if not reachable or not decode.accept_prefill(message):
             error = ErrorReply(code=ErrorCode.KV_TRANSFER_FAILED, message="the decode worker does not take it")
+        else:
+            num_reused = self._use_resident(task[0], message)
         del self.tasks[task]
         self.ended_tasks.add(task)
         self.cluster.report_until_acknowledged(
@@ -355,13 +402,91 @@ class SimWorker:
                 worker_id=self.worker_id,
                 incarnation=self.incarnation,
                 error=error,
-                num_new_tokens=len(message.token_ids) // 4,
+                num_new_tokens=len(message.token_ids) // 4 - max(0, num_reused - message.num_cached_tokens),
                 queued_s=0.0,
                 transfer_s=0.0,
                 prefill_s=PREFILL_S,
                 kv_bytes_read=0,
+                num_resident_tokens=self._count_resident(task[0]),
+                num_reused_tokens=num_reused,
             ),
         )
+
+    def _use_resident(self, key: SessionKey, task: PrefillTask) -> int:
+        """Tokens of the kept KV that the prefill used; afterwards the whole prompt is kept, if it is to be."""
+        held, wanted = self.resident.get(key), task.resident
+        num_reused = wanted.num_tokens if held is not None and wanted is not None and held.matches(wanted) else 0
+        if held is not None and wanted is not None and num_reused == 0:
+            self.cluster.num_mismatches += 1
+        if task.keep:
+            tokens = unpack_token_ids(task.token_ids)
+            self.resident[key] = SimResident(task.num_cached_tokens, task.prefix_checksum, tokens)
+        self.num_reused_tokens += num_reused
+        return num_reused
+
+    def _count_resident(self, key: SessionKey) -> int:
+        return self.resident[key].num_tokens if key in self.resident else 0
+
+    # -------------------------------------------------------------------------- staging
+
+    def _grant_history(self, message: GrantHistory) -> Message:
+        session = self.sessions.get(SessionKey(message.tenant, message.session))
+        if message.incarnation != self.incarnation:
+            return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
+        if session is None or (session.run is not None and session.run.ended is None) or not session.num_kv:
+            return ErrorReply(code=ErrorCode.KV_LEASE_INVALID, message="a round runs, or nothing is held")
+        history = KvSource(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            endpoints=(),
+            lease_id=self.cluster.take_number(),
+            generation=1,
+            ttl_s=15.0,
+        )
+        return HistoryGranted(num_tokens=min(message.num_tokens, session.num_kv), history=history)
+
+    def _stage_kv(self, message: StageKv) -> Message:
+        assert message.incarnation == self.incarnation
+        assert message.resident is None or message.resident.num_tokens < message.num_tokens
+        key = SessionKey(message.tenant, message.session)
+        self.staging[key] = message
+        self.later(STAGE_S, lambda: self._finish_staging(key, message))
+        return Ack()
+
+    def _finish_staging(self, key: SessionKey, message: StageKv) -> None:
+        """Read the missing KV from the decode worker, if it still has just that conversation."""
+        if self.staging.get(key) is not message:
+            return
+        del self.staging[key]
+        decode = self.cluster.workers.get(message.decode_worker)
+        session = decode.sessions.get(key) if decode is not None else None
+        error = None
+        if (
+            decode is None
+            or decode.incarnation != message.decode_incarnation
+            or self.cluster.data_plane_is_cut()
+            or session is None
+            or session.num_kv < message.num_tokens
+            or zlib.crc32(pack_token_ids(session.tokens[: message.num_tokens])) != message.checksum
+        ):
+            error = ErrorReply(code=ErrorCode.KV_TRANSFER_FAILED, message="the KV has gone")
+        else:
+            self.num_staged_tokens += message.num_tokens - self._count_resident(key)
+            self.resident[key] = SimResident(message.num_tokens, message.checksum)
+        self.cluster.report_until_acknowledged(
+            self,
+            KvStaged(
+                tenant=message.tenant,
+                session=message.session,
+                worker_id=self.worker_id,
+                incarnation=self.incarnation,
+                num_resident_tokens=self._count_resident(key),
+                kv_bytes_read=0,
+                error=error,
+            ),
+        )
+
+    # ------------------------------------------------------------------ the other end
 
     def accept_prefill(self, task: PrefillTask) -> bool:
         """KV and first token arrive from a prefill worker; False when this attempt does not wait for them."""
@@ -373,7 +498,7 @@ class SimWorker:
             return False
         if (run.message.round, run.message.attempt) != (task.round, task.attempt):
             return False
-        assert task.num_cached_tokens == run.num_cached, "the range offered is the range wanted"
+        assert task.num_cached_tokens <= run.num_cached, "the range offered covers the range wanted"
         new = array("i", task.token_ids).tolist()
         assert session.tokens[task.num_cached_tokens :] == new, "the prefill computed the conversation's tokens"
         self._begin_decode(session, run)

@@ -8,6 +8,7 @@ from sim_cluster import Faults, SimCluster
 
 from shared.core.coordinator import Coordinator
 from shared.core.coordinator_config import CoordinatorConfig
+from shared.core.policies import POLICIES
 from shared.errors import ErrorCode
 
 
@@ -27,7 +28,7 @@ def plan_rounds(cluster: SimCluster, num_sessions: int = 4, num_rounds: int = 4,
 
 
 def build(policy: str = "ampd", num_prefill: int = 2, num_decode: int = 2, seed: int = 1) -> SimCluster:
-    cluster = SimCluster(seed=seed, config=CoordinatorConfig(policy=policy))
+    cluster = SimCluster(seed=seed, config=CoordinatorConfig(policy=policy, min_staged_tokens=1))
     for number in range(num_decode):
         cluster.add_worker(f"decode-{number}", "decode")
     for number in range(num_prefill):
@@ -35,7 +36,7 @@ def build(policy: str = "ampd", num_prefill: int = 2, num_decode: int = 2, seed:
     return cluster
 
 
-@pytest.mark.parametrize("policy", ["remote", "local", "ampd"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("num_prefill", [0, 2])
 def test_without_faults_every_round_finishes_in_its_first_attempt(policy: str, num_prefill: int) -> None:
     cluster = build(policy, num_prefill)
@@ -48,7 +49,8 @@ def test_without_faults_every_round_finishes_in_its_first_attempt(policy: str, n
             assert planned.outcome.finished.attempt == 1
             assert len(planned.stream_terminals) == 1
     placements = {observed.usage.prefill for observed in cluster.observed}
-    if num_prefill == 0:
+    assert cluster.num_mismatches == 0, "kept KV is what the coordinator believes"
+    if num_prefill == 0 or policy in ("colocated", "continuum"):
         assert placements == {"local"}
     elif policy == "remote":
         assert placements == {"remote"}
@@ -88,8 +90,9 @@ def test_a_worker_that_comes_back_with_another_incarnation_is_a_new_worker() -> 
 
 @pytest.mark.parametrize("kill_after_s", [0.001, 0.004, 0.01, 0.03, 0.08, 0.3])
 @pytest.mark.parametrize("down_s", [0.05, 5.0])
-def test_a_killed_coordinator_loses_nothing(kill_after_s: float, down_s: float) -> None:
-    cluster = build("ampd", seed=int(kill_after_s * 1e4))
+@pytest.mark.parametrize("policy", ["ampd", "adaptive"])
+def test_a_killed_coordinator_loses_nothing(kill_after_s: float, down_s: float, policy: str) -> None:
+    cluster = build(policy, seed=int(kill_after_s * 1e4))
     cluster.run_for(1.0)
     plan_rounds(cluster, num_sessions=6)
     cluster.run_for(kill_after_s)
@@ -102,8 +105,9 @@ def test_a_killed_coordinator_loses_nothing(kill_after_s: float, down_s: float) 
     assert set(attempts) == {1}, "the workers lived: nothing ran twice"
 
 
-def test_coordinator_and_decode_worker_die_together() -> None:
-    cluster = build("ampd", num_decode=2)
+@pytest.mark.parametrize("policy", ["ampd", "adaptive"])
+def test_coordinator_and_decode_worker_die_together(policy: str) -> None:
+    cluster = build(policy, num_decode=2)
     cluster.run_for(1.0)
     plan_rounds(cluster)
     cluster.run_for(0.1)
@@ -115,8 +119,9 @@ def test_coordinator_and_decode_worker_die_together() -> None:
     assert len(finished_rounds(cluster)) == 16
 
 
-def test_lost_and_repeated_messages_change_no_token() -> None:
-    cluster = build("ampd", seed=7)
+@pytest.mark.parametrize("policy", ["ampd", "adaptive"])
+def test_lost_and_repeated_messages_change_no_token(policy: str) -> None:
+    cluster = build(policy, seed=7)
     cluster.faults.drop = cluster.faults.duplicate = cluster.faults.slow = 0.05
     plan_rounds(cluster, num_sessions=6)
     cluster.run_until(lambda: not any(client.is_busy for client in cluster.clients.values()), 600.0)
@@ -162,8 +167,9 @@ def test_a_cancelled_round_leaves_the_history_as_it_was() -> None:
     assert client.done[2].outcome.finished is not None
 
 
-def test_a_replayed_log_gives_the_same_commands() -> None:
-    cluster = build("ampd", seed=3)
+@pytest.mark.parametrize("policy", ["ampd", "adaptive", "remote"])
+def test_a_replayed_log_gives_the_same_commands(policy: str) -> None:
+    cluster = build(policy, seed=3)
     cluster.coordinator = None
     cluster.record_events = True
     cluster.start_coordinator()
@@ -212,9 +218,33 @@ def inject_fault(cluster: SimCluster) -> None:
             victim.draining = not victim.draining
 
 
-@pytest.mark.parametrize("seed", range(12))
+def test_kept_kv_is_used_and_what_is_new_is_staged_ahead() -> None:
+    """Remote prefills by choice: what the prefill worker kept and what was staged it need not compute or pull again."""
+    cluster = SimCluster(
+        seed=5,
+        config=CoordinatorConfig(
+            policy="remote", policy_options={"stages": True, "routing.reads_history": True}, min_staged_tokens=1
+        ),
+    )
+    cluster.add_worker("decode-0", "decode")
+    prefill = cluster.add_worker("prefill-0", "prefill")
+    client = cluster.add_client("s")
+    num_prompt = 0
+    for index in range(5):
+        client.plan(PlannedRound([1, 2, 3], max_output_tokens=8, deadline_s=60.0, as_chat=False))
+        cluster.run_until(lambda: not client.is_busy, 10.0)
+        cluster.run_for(1.0)  # its tool runs
+        num_prompt = len(client.history)
+        assert prefill.resident[client.key].num_tokens == num_prompt - 1, f"after round {index}"
+    assert prefill.num_reused_tokens > 0
+    assert cluster.coordinator.state.counters["stagings_done"] == 5
+    assert cluster.num_mismatches == 0
+    cluster.finish()
+
+
+@pytest.mark.parametrize("seed", range(14))
 def test_everything_goes_wrong_again_and_again(seed: int) -> None:
-    cluster = build(["ampd", "remote", "local"][seed % 3], seed=seed)
+    cluster = build(sorted(POLICIES)[seed % len(POLICIES)], seed=seed)
     plan_rounds(cluster, num_sessions=6, num_rounds=15)
     for _ in range(60):
         cluster.run_for(cluster.random.choice([0.003, 0.02, 0.1, 0.5]))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.core.batching import PlannedItem, Scheduler, Sequence, SequenceState, SessionKv
+from shared.core.batching import Scheduler
+from shared.core.chunking import ChunkParameters
 from shared.core.kv_blocks import BlockAllocator
+from shared.core.profile import Curve, DegreeProfile, Grid, Links
+from shared.core.reordering import OrderName, OrderParameters, WaitingPrefill
+from shared.core.retention import RetentionName
+from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
+from shared.core.step_costs import StepCosts
+from shared.core.step_prediction import StepPredictor
 from shared.core.types import RoundKey, SessionKey
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import SamplingParams
@@ -114,17 +122,236 @@ def test_the_youngest_is_preempted_and_later_computed_again() -> None:
     assert young.kv.num_kv == produced
 
 
+def make_costs() -> StepCosts:
+    """10 ms a step and 1 ms a token, attention for nothing; 100 tokens a second over the link, 1,000 from the host."""
+    nothing = Grid(rows=(0, 1), columns=(0, 1), s=((0.0, 0.0), (0.0, 0.0)))
+    degree = DegreeProfile(
+        parallel_degree=1,
+        num_kv_tokens=1000,
+        linear=Curve(at=(0, 1000), s=(0.01, 1.01)),
+        prefill_attention=nothing,
+        decode_attention=nothing,
+    )
+    links = Links(
+        devices_per_node=1,
+        intra_node_bytes_per_s=100.0,
+        inter_node_bytes_per_s=100.0,
+        host_bytes_per_s=1000.0,
+        latency_s=0.0,
+    )
+    return StepCosts(degree, links, 1)
+
+
+def follow(
+    scheduler: Scheduler,
+    *,
+    chunk: ChunkParameters | None = None,
+    order: OrderName = "fcfs",
+    retention: RetentionName = "lru",
+    predictor: StepPredictor | None = None,
+    **order_fields: float,
+) -> None:
+    parameters = OrderParameters(order=order, **order_fields)  # type: ignore[arg-type]
+    scheduler.follow(chunk or ChunkParameters(), parameters, retention, predictor or StepPredictor(make_costs()))
+
+
+def with_deadline(sequence: Sequence, deadline: float) -> Sequence:
+    sequence.waiting = WaitingPrefill(sequence.key, sequence.arrival, sequence.arrival, deadline, 0.0)
+    return sequence
+
+
+def test_prefills_go_in_the_order_of_the_policy() -> None:
+    """The first cannot be in time whatever is done, the second can if it goes first."""
+    for order, first in (("fcfs", "long"), ("window", "short"), ("moore_hodgson", "short")):
+        scheduler = make_scheduler(num_blocks=100)
+        follow(scheduler, order=order)  # type: ignore[arg-type]
+        with_deadline(add_session(scheduler, "long", 40), 0.01)
+        with_deadline(add_session(scheduler, "short", 14), 0.05)
+        items = scheduler.plan_step(0.0)
+        assert items[0].sequence.key.session == first
+        assert sum(item.num_tokens for item in items) == 16, "the budget is shared by all that are ready"
+
+
+def test_who_has_aged_gets_a_turn_among_those_in_time() -> None:
+    """Newcomers that are always in time would keep a late prefill waiting for ever: it gets every third step."""
+    scheduler = make_scheduler(num_blocks=200)
+    follow(scheduler, order="moore_hodgson", ageing_s=1.0, aged_every=3)
+    aged = with_deadline(add_session(scheduler, "aged", 40), 0.001)
+    num_steps = 0
+    while aged.state is not SequenceState.ENDED:
+        num_steps += 1
+        assert num_steps <= 3 * 3, "three chunks, each at the latest in the third step"
+        now = 1.0 + num_steps
+        with_deadline(add_session(scheduler, f"s{num_steps}", 16, arrival=now), now + 0.05)
+        for item in scheduler.plan_step(now):
+            item.sequence.kv.num_kv += item.num_tokens
+            if item.samples:
+                scheduler.remove(item.sequence, now)
+
+
+def test_no_prefill_begins_that_could_not_be_held_to_its_end() -> None:
+    """Two prefills that fit one after the other, not together: the second waits, and no work is thrown away."""
+    scheduler = make_scheduler(num_blocks=17, prefill=16)
+    first, second = add_session(scheduler, "first", 40, 0.0), add_session(scheduler, "second", 40, 1.0)
+    while first.kv.num_missing > 1:
+        run_step(scheduler)
+        assert second.kv.num_kv == 0
+    scheduler.remove(first, 0.0)
+    while second.kv.num_missing > 1:
+        assert run_step(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "now", "num_items"), [("fcfs", 2.0, 1), ("window", 2.0, 1), ("moore_hodgson", 2.0, 2),
+                                    ("moore_hodgson", 20.0, 1)]
+)  # fmt: skip
+def test_a_smaller_prefill_passes_only_by_deadline_and_nobody_that_has_aged(
+    order: OrderName, now: float, num_items: int
+) -> None:
+    scheduler = make_scheduler(num_blocks=17, prefill=100)
+    follow(scheduler, order=order, ageing_s=10.0)
+    with_deadline(add_session(scheduler, "running", 40, 0.0), 30.0)
+    with_deadline(add_session(scheduler, "large", 40, 1.0), 40.0)
+    with_deadline(add_session(scheduler, "small", 8, 2.0), 50.0)
+    assert len(scheduler.plan_step(now)) == num_items
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=2, max_size=6))
+def test_a_prefill_is_passed_over_a_bounded_number_of_times(lengths: list[int]) -> None:
+    """Newcomers that are always in time never keep an older prefill from starting for ever (window order)."""
+    scheduler = make_scheduler(num_blocks=400)
+    follow(scheduler, order="window", max_postponements=3)
+    old = [with_deadline(add_session(scheduler, f"old{i}", length), 0.0) for i, length in enumerate(lengths)]
+    num_new = 0
+    while any(sequence.first_step_at is None for sequence in old):
+        num_new += 1
+        assert num_new <= 60, "starved"
+        with_deadline(add_session(scheduler, f"new{num_new}", 16, arrival=float(num_new)), num_new + 100.0)
+        for item in scheduler.plan_step(float(num_new)):
+            item.sequence.kv.num_kv += item.num_tokens
+            if item.samples:
+                scheduler.remove(item.sequence, 0.0)
+
+
+def test_slack_chunks_fill_the_tightest_objective_of_the_batch() -> None:
+    scheduler = make_scheduler(num_blocks=1000, chunk=8, prefill=512)
+    chunk = ChunkParameters(chunk="slack", min_chunk_tokens=16, itl_share=0.5)
+    follow(scheduler, chunk=chunk)
+    loose, tight = add_session(scheduler, "loose", 3), add_session(scheduler, "tight", 3)
+    loose.itl_slo_s, tight.itl_slo_s = math.inf, 0.2
+    run_step(scheduler)
+    add_session(scheduler, "new", 2000, arrival=1.0)
+    assert [item.num_tokens for item in scheduler.plan_step()] == [1, 1, 80], "0.1 s: 10 ms, 2 decodes, 80 of 88 tokens"
+    tight.itl_slo_s = 0.001
+    assert [item.num_tokens for item in scheduler.plan_step()] == [1, 1, 16], "a prefill always goes on"
+    scheduler.remove(tight, 0.0)
+    assert [item.num_tokens for item in scheduler.plan_step()] == [1, 512]
+    follow(scheduler, chunk=chunk, predictor=StepPredictor())
+    assert [item.num_tokens for item in scheduler.plan_step()] == [1, 8], "without costs: the fixed size"
+
+
+@pytest.mark.parametrize("corrects", [True, False])
+def test_measured_steps_correct_the_costs_within_bounds(corrects: bool) -> None:
+    costs = make_costs()
+    predictor = StepPredictor(costs, corrects=corrects)
+    for _ in range(100):
+        predictor.observe(0, 0.0, [(0, 90)], 0.2)  # predicted: 0.1
+    assert predictor.correction == pytest.approx(2.0, rel=0.01)
+    assert predictor.prefill_s(0, 90) == pytest.approx(0.2 if corrects else 0.1, rel=0.01)
+    for _ in range(100):
+        predictor.observe(1, 10.0, [], 1e9)
+    assert predictor.correction == pytest.approx(5.0, rel=0.01)
+    assert costs.scale == 1.0, "the caller's costs are left alone"
+
+
+def test_an_eviction_takes_a_piece_of_the_tail() -> None:
+    scheduler = make_scheduler(num_blocks=41, prefill=200)
+    sequence = add_session(scheduler, "idle", 120)
+    run_step(scheduler)
+    scheduler.remove(sequence, 0.0)
+    kept = sequence.kv.block_table[:]
+    add_session(scheduler, "new", 48, arrival=1.0)  # two blocks more than are free
+    run_step(scheduler)
+    assert sequence.kv.num_kv == (len(kept) - 8) * 4
+    assert sequence.kv.block_table == kept[:-8], "what is left is the prefix"
+    assert sequence.kv.num_tokens == 121, "the tokens are still known"
+
+
+def test_nothing_is_evicted_in_vain() -> None:
+    scheduler = make_scheduler(num_blocks=9)
+    idle = add_session(scheduler, "idle", 12)
+    run_step(scheduler)
+    scheduler.remove(idle, 0.0)
+    asking = SessionKv(SessionKey("t", "asking"))
+    assert not scheduler.reserve(asking, 4 * 9)
+    assert not scheduler.reserve(asking, 4 * 6, evict=False)
+    assert len(idle.kv.block_table) == 3
+    assert scheduler.num_evictions == 0
+
+
+@pytest.mark.parametrize(("retention", "victim"), [("lru", "old"), ("ttl", "overdue"), ("expected_return", "resident")])
+def test_retention_chooses_whose_kv_goes(retention: RetentionName, victim: str) -> None:
+    scheduler = make_scheduler(num_blocks=100, prefill=200)
+    follow(scheduler, retention=retention)
+    for name, last_used, gap_s in (("old", 10.0, 60.0), ("overdue", 30.0, 1.0), ("resident", 40.0, 60.0)):
+        sequence = add_session(scheduler, name, 40)
+        run_step(scheduler)
+        scheduler.remove(sequence, last_used)
+        sequence.kv.gaps.add(gap_s)
+        sequence.kv.resident = name == "resident"
+    follow(scheduler, retention=retention, predictor=StepPredictor(_with_fast_link()))
+    chosen = scheduler.choose_victim(scheduler.sessions.values(), 45.0)
+    assert chosen is not None
+    assert chosen.key.session == victim
+
+
+def _with_fast_link() -> StepCosts:
+    costs = make_costs()
+    costs.link_bytes_per_s = 1e6
+    return costs
+
+
+def test_idle_times_between_rounds_are_learnt() -> None:
+    scheduler = make_scheduler()
+    for round_index in range(5):
+        kv = scheduler.sessions.setdefault(SessionKey("t", "a"), SessionKv(SessionKey("t", "a")))
+        kv.tokens.extend([1, 2])
+        sequence = Sequence(RoundKey("t", "a", round_index, 1), kv, SamplingParams(), 2, arrival=20.0 * round_index)
+        scheduler.add(sequence)
+        scheduler.remove(sequence, 20.0 * round_index + 5.0)
+    assert kv.gaps.mean_s == pytest.approx((4 * 15.0 + 5.0) / 5), "four gaps, and the prior"
+
+
+def test_a_lease_is_revoked_before_what_it_covers_is_freed() -> None:
+    scheduler = make_scheduler()
+    sequence = add_session(scheduler, "a", 12)
+    run_step(scheduler)
+    scheduler.remove(sequence, 0.0)
+    kv, revoked = sequence.kv, []
+    kv.num_leased, kv.revoke_lease = 10, lambda: revoked.append(len(kv.block_table))
+    scheduler.truncate(kv, 10)
+    assert revoked == []
+    scheduler.truncate(kv, 9)
+    scheduler.truncate(kv, 0)
+    assert revoked == [3], "once, while the blocks were still there"
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     rounds=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8),
     num_blocks=st.integers(13, 40),
     chunk=st.integers(1, 16),
     staggered=st.booleans(),
+    order=st.sampled_from(["fcfs", "program_fcfs", "window", "moore_hodgson"]),
+    slack=st.booleans(),
 )
 def test_every_round_ends_and_every_block_comes_back(
-    rounds: list[tuple[int, int]], num_blocks: int, chunk: int, staggered: bool
+    rounds: list[tuple[int, int]], num_blocks: int, chunk: int, staggered: bool, order: OrderName, slack: bool
 ) -> None:
     scheduler = make_scheduler(num_blocks=num_blocks, chunk=chunk, prefill=2 * chunk)
+    follow(scheduler, order=order, chunk=ChunkParameters(chunk="slack" if slack else "fixed", min_chunk_tokens=1))
     pending = [(add_session, str(i), prompt, float(i), outputs) for i, (prompt, outputs) in enumerate(rounds)]
     running: list[tuple[Sequence, int]] = []
     for _ in range(3000):

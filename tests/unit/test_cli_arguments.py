@@ -47,9 +47,11 @@ def test_every_commands_help_has_an_example(command: str, capsys: pytest.Capture
         ([], "COMMAND"),
         (["fly"], "fly"),
         (["up", "--prefill", "-1"], "at least 0"),
-        (["up", "--decode", "0"], "at least 1"),
+        (["up", "--both", "-1"], "at least 0"),
         (["up", "--decode", "two"], "'two' is not a whole number"),
-        (["up", "--policy", "best"], "'ampd', 'remote', 'local'"),
+        (["up", "--policy", "best"], "'remote', 'local', 'threshold', 'ampd'"),
+        (["up", "--disable", "routing"], "'moore_hodgson'"),
+        (["up", "--engine", "gpu"], "'torch', 'emulated'"),
         (["up", "--dtype", "int4"], "bfloat16"),
         (["up", "--port", "70000"], "from 0 to 65535"),
         (["up", "--", "ls"], "only `ampd run` takes a command"),
@@ -66,6 +68,26 @@ def test_a_wrong_argument_exits_2_and_says_what_to_change(
     with pytest.raises(SystemExit) as exit_:
         main(argv)
     assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--decode", "0"], "--decode or --both must be at least 1"),
+        (["--engine", "emulated"], "--engine emulated needs --profile"),
+        (["--profile", "no-such-profile"], "no profile 'no-such-profile'"),
+        (["--policy-option", "routing.gamma=1"], "unknown policy option 'routing.gamma'"),
+        (["--policy-option", "routing.alpha"], "must be PATH=VALUE"),
+        (["--time-scale", "10"], "--engine emulated"),
+        (["--parallel-degree", "2"], "--engine emulated"),
+        (["--engine", "emulated", "--profile", "no-such-profile"], "no profile 'no-such-profile'"),
+    ],
+)
+def test_options_that_do_not_go_together_exit_2_before_anything_is_started(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *argv, "--", "true"]) == 2
     assert says in capsys.readouterr().err
 
 

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
-import msgspec
 import pytest
+from coordinator_driver import KEY, USAGE, Driver, error, finished_message, source, submit, tokens_message
 
 from shared.core.commands import (
     AcknowledgeEvent,
     AppendRecord,
-    Command,
     EncodeInput,
     ObserveRound,
     PublishStream,
     PurgeRecord,
     Reply,
-    SendToWorker,
 )
-from shared.core.coordinator import Coordinator
-from shared.core.coordinator_config import CoordinatorConfig
 from shared.core.events import (
     AppendFailed,
-    ClientRequested,
     CommandFailed,
-    CommandReplied,
-    Event,
-    HeartbeatSeen,
     InputEncoded,
     InputRefused,
     RecordAppended,
     RecordsLoaded,
     SessionRecord,
-    StreamSeen,
     Ticked,
     WorkerReported,
 )
-from shared.core.records import AttemptStartedEntry, RecordEntry, RoundEndedEntry, RoundStartedEntry
+from shared.core.records import AttemptStartedEntry, RoundEndedEntry, RoundStartedEntry
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
 from shared.messages import (
@@ -48,19 +37,13 @@ from shared.messages import (
     ClientRequest,
     CloseSession,
     DropSession,
-    ErrorReply,
-    Heartbeat,
     InspectSession,
-    KvSource,
     NeedTokens,
     OpenSession,
     PrefillEnded,
     PrefillTask,
     ReadRound,
     RoundAccepted,
-    RoundEnded,
-    RoundFinished,
-    RoundTokens,
     RunRound,
     RunRoundAck,
     SamplingParams,
@@ -68,200 +51,10 @@ from shared.messages import (
     StopConditions,
     SubmitRound,
     TokensInput,
-    Usage,
-    WindowStats,
     WorkerLeaving,
-    encode,
     pack_token_ids,
     unpack_token_ids,
 )
-
-KEY = SessionKey("t", "s")
-C = TypeVar("C", bound=Command)
-
-HEARTBEAT = Heartbeat(
-    worker_id="d",
-    incarnation=1,
-    role="decode",
-    seq=0,
-    model="m",
-    max_context_tokens=1000,
-    vocab_size=100,
-    layout_hash="l",
-    kv_endpoints=(),
-    num_blocks=100,
-    num_free_blocks=100,
-    block_size=16,
-    kv_bytes_per_token=64,
-    num_sessions=0,
-    num_running=0,
-    num_waiting=0,
-    num_leases=0,
-    queue=(),
-    queue_num_tokens=0,
-    ttft=WindowStats(),
-    itl=WindowStats(),
-    prefill_tokens_per_s=0.0,
-    decode_step_s=0.0,
-    kv_bytes_per_s=0.0,
-    draining=False,
-)
-
-USAGE = Usage(
-    num_history_tokens=0,
-    num_input_tokens=1,
-    num_cached_tokens=0,
-    num_output_tokens=1,
-    prefill="local",
-    prefill_worker="d",
-    decode_worker="d",
-)
-
-
-class Driver:
-    """Feeds a core, records what it wants, and acknowledges appends unless told not to."""
-
-    def __init__(self, **config: Any) -> None:
-        self.core = Coordinator(CoordinatorConfig(**config))
-        self.now = 0.0
-        self.commands: list[Command] = []
-        self.entries: list[RecordEntry] = []
-        self.appends = True
-        self.num_ids = 0
-
-    def feed(self, event: Event) -> None:
-        new = self.core.on_event(event, self.now)
-        self.core.check_integrity()
-        for command in new:
-            if isinstance(command, AppendRecord) and self.appends:
-                self.entries.append(command.entry)
-                self.feed(RecordAppended(key=command.key, append_id=command.append_id))
-            else:
-                self.commands.append(command)
-
-    def take(self, kind: type[C]) -> list[C]:
-        taken = [c for c in self.commands if isinstance(c, kind)]
-        self.commands = [c for c in self.commands if not isinstance(c, kind)]
-        return taken
-
-    def one(self, kind: type[C]) -> C:
-        (only,) = self.take(kind)
-        return only
-
-    def sent(self, kind: type[Any]) -> list[SendToWorker]:
-        """Commands to workers of one kind, taken; the others stay."""
-        wanted = [c for c in self.commands if isinstance(c, SendToWorker) and isinstance(c.message, kind)]
-        self.commands = [c for c in self.commands if c not in wanted]
-        return wanted
-
-    def beat(self, worker_id: str = "d", **fields: Any) -> None:
-        fields.setdefault("role", "prefill" if worker_id.startswith("p") else "decode")
-        self.feed(HeartbeatSeen(heartbeat=msgspec.structs.replace(HEARTBEAT, worker_id=worker_id, **fields)))
-
-    def ask(self, request: ClientRequest, key: SessionKey = KEY, digest: bytes = b"x") -> int:
-        self.num_ids += 1
-        self.feed(
-            ClientRequested(
-                request_id=self.num_ids, key=key, request=request, encoding="msgpack", random_seed=77, digest=digest
-            )
-        )
-        return self.num_ids
-
-    def answer(self, request: ClientRequest, **fields: Any) -> Any:
-        """The answer that a request gets at once."""
-        request_id = self.ask(request, **fields)
-        (reply,) = [r for r in self.take(Reply) if r.request_id == request_id]
-        return reply.message
-
-    def open(self, *workers: str) -> None:
-        for worker_id in workers or ("d",):
-            self.beat(worker_id)
-        assert self.answer(OpenSession()).session == "s"
-
-    def submit(self, tokens: list[int] | None = None, **fields: Any) -> RunRound:
-        """A round that is accepted; the run_round that follows."""
-        accepted = self.answer(submit(tokens or [1, 2, 3], **fields))
-        assert isinstance(accepted, RoundAccepted), accepted
-        (self.run,) = self.sent(RunRound)
-        return self.run.message
-
-    def reply(self, command: SendToWorker, reply: Any) -> None:
-        self.feed(CommandReplied(command_id=command.command_id, reply=reply))
-
-    def acknowledge_run(self, state: str = "started", cached: int = 0, output: list[int] | None = None) -> None:
-        history = source("d") if cached and self.run.message.remote else None
-        packed = pack_token_ids(output or [])
-        ack = RunRoundAck(state=state, num_cached_tokens=cached, history=history, output_token_ids=packed)
-        self.reply(self.run, ack)
-
-    def end(self, output: list[int], error: ErrorReply | None = None, **fields: Any) -> int:
-        """round_ended of the newest run_round."""
-        self.num_ids += 1
-        run = self.run.message
-        report = RoundEnded(
-            tenant="t",
-            session="s",
-            round=run.round,
-            attempt=run.attempt,
-            worker_id=self.run.worker_id,
-            incarnation=run.incarnation,
-            output_token_ids=pack_token_ids(output),
-            finish_reason=None if error else "length",
-            usage=None if error else USAGE,
-            error=error,
-        )
-        report = msgspec.structs.replace(report, **fields)
-        self.feed(WorkerReported(ack_id=self.num_ids, report=report))
-        return self.num_ids
-
-    def play_round(self, tokens: list[int], output: list[int]) -> None:
-        self.submit(tokens)
-        self.acknowledge_run()
-        self.end(output)
-
-    def stream(self, *messages: Any) -> None:
-        payloads = tuple(encode(message) for message in messages)
-        self.feed(StreamSeen(key=KEY, round=messages[0].round, payloads=payloads))
-
-    def tick(self, by_s: float, *workers: str) -> None:
-        """Time passes in steps shorter than a stall, while the workers named send heartbeats."""
-        end = self.now + by_s
-        while self.now < end:
-            self.now = min(end, self.now + 0.5)
-            for worker_id in workers:
-                self.beat(worker_id)
-            self.feed(Ticked())
-
-
-def source(worker_id: str) -> KvSource:
-    return KvSource(worker_id=worker_id, incarnation=1, endpoints=(), lease_id=1, generation=1, ttl_s=15)
-
-
-def submit(tokens: list[int], max_output: int = 10, **fields: Any) -> SubmitRound:
-    fields.setdefault("stop", StopConditions(max_output_tokens=max_output))
-    return SubmitRound(input=TokensInput(token_ids=pack_token_ids(tokens)), **fields)
-
-
-def tokens_message(start: int, *token_ids: int, attempt: int = 1, round: int = 0) -> RoundTokens:
-    return RoundTokens(
-        session="s", round=round, attempt=attempt, seq=start, start_index=start, token_ids=pack_token_ids(token_ids)
-    )
-
-
-def finished_message(num_tokens: int, attempt: int = 1) -> RoundFinished:
-    return RoundFinished(
-        session="s",
-        round=0,
-        attempt=attempt,
-        seq=99,
-        num_output_tokens=num_tokens,
-        finish_reason="length",
-        usage=USAGE,
-    )
-
-
-def error(code: ErrorCode) -> ErrorReply:
-    return ErrorReply(code=code, message="because")
 
 
 @pytest.fixture
@@ -342,7 +135,7 @@ def test_close_drops_the_session_at_its_worker_and_frees_its_memory(driver: Driv
     assert not state.sessions
     assert not state.pending
     assert not state.sessions_of_tenant
-    assert state.fleet.workers["d"].num_promised_tokens == 0
+    assert state.fleet.workers["d"].load.num_promised_tokens == 0
     assert driver.answer(CloseSession()).code == ErrorCode.UNKNOWN_SESSION
 
 
@@ -556,7 +349,11 @@ def test_a_worker_that_asks_for_what_it_was_sent_costs_an_attempt(driver: Driver
     assert driver.sent(RunRound)[0].message.attempt == 2
 
 
-def test_a_remote_prefill_gets_what_is_not_cached(driver: Driver) -> None:
+READS_HISTORY = {"routing.reads_history": True, "keeps_resident": False}
+
+
+def test_a_remote_prefill_gets_what_is_not_cached() -> None:
+    driver = Driver(policy="remote", policy_options=READS_HISTORY)
     driver.open("d", "p")
     driver.submit([1, 2])
     driver.acknowledge_run()
@@ -573,7 +370,8 @@ def test_a_remote_prefill_gets_what_is_not_cached(driver: Driver) -> None:
     assert (task.message.decode_worker, task.message.decode_incarnation) == ("d", 1)
 
 
-def test_at_least_one_token_is_computed(driver: Driver) -> None:
+def test_at_least_one_token_is_computed() -> None:
+    driver = Driver(policy="remote", policy_options=READS_HISTORY)
     driver.open("d", "p")
     driver.submit([1, 2])
     driver.acknowledge_run(cached=2)

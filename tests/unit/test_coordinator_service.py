@@ -12,8 +12,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from services.coordinator.app import build_parser
+from services.coordinator.config_flags import read_config
 from services.coordinator.event_log import EventLog, read_event_log
 from services.coordinator.input_text import InputText
+from services.coordinator.replay import main as replay_main
+from services.coordinator.replay import replay
 from services.coordinator.service import CoordinatorService
 from shared import subjects
 from shared.bus import BusMessage
@@ -21,6 +25,8 @@ from shared.client import AmpdClient
 from shared.core.commands import Command
 from shared.core.coordinator import Coordinator
 from shared.core.coordinator_config import CoordinatorConfig
+from shared.core.events import RecordsLoaded, Ticked
+from shared.core.resident_key import resident_key
 from shared.core.types import RoundKey, SessionKey
 from shared.errors import AmpdError, BusError, ErrorCode
 from shared.memory_bus import MemoryBus, MemoryHub
@@ -29,11 +35,16 @@ from shared.messages import (
     CancelRun,
     DropSession,
     ErrorReply,
+    ExplainSession,
     GetStatus,
+    GrantHistory,
     Heartbeat,
+    HistoryGranted,
     KvSource,
+    KvStaged,
     Message,
     OpenSession,
+    PrefillEnded,
     PrefillTask,
     ReadRound,
     RoundEnded,
@@ -42,6 +53,8 @@ from shared.messages import (
     RoundTokens,
     RunRound,
     RunRoundAck,
+    Slo,
+    StageKv,
     StopConditions,
     SubmitRound,
     TextInput,
@@ -109,19 +122,47 @@ class ScriptedWorker:
     async def on_command(self, message: BusMessage) -> None:
         command = decode(message.data)
         self.commands.append(command)
+        if isinstance(command, GrantHistory):
+            granted = HistoryGranted(num_tokens=command.num_tokens - 1, history=self.source())
+            await message.respond(encode(granted))
+            return
         if not isinstance(command, RunRound):
             await message.respond(encode(Ack()))
+            if isinstance(command, PrefillTask | StageKv):
+                await self.report_kept(command)
             return
         history = None
         if command.remote is not None and self.num_cached:
-            history = KvSource(
-                worker_id=self.worker_id, incarnation=7, endpoints=(), lease_id=1, generation=1, ttl_s=9.0
-            )
+            history = self.source()
         await message.respond(encode(RunRoundAck(state="started", num_cached_tokens=self.num_cached, history=history)))
         if not self.holds:
             task = asyncio.create_task(self.finish(command))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+
+    def source(self) -> KvSource:
+        return KvSource(worker_id=self.worker_id, incarnation=7, endpoints=(), lease_id=1, generation=1, ttl_s=9.0)
+
+    async def report_kept(self, command: PrefillTask | StageKv) -> None:
+        """As a prefill worker that keeps what it has prefilled or pulled."""
+        named = {"tenant": command.tenant, "session": command.session, "worker_id": self.worker_id, "incarnation": 7}
+        report: Message
+        if isinstance(command, StageKv):
+            report = KvStaged(num_resident_tokens=command.num_tokens, kv_bytes_read=0, **named)
+        else:
+            report = PrefillEnded(
+                round=command.round,
+                attempt=command.attempt,
+                error=None,
+                num_new_tokens=len(command.token_ids) // 4,
+                queued_s=0.0,
+                transfer_s=0.0,
+                prefill_s=0.001,
+                kv_bytes_read=0,
+                num_resident_tokens=command.num_cached_tokens + len(command.token_ids) // 4,
+                **named,
+            )
+        assert decode(await self.bus.request(subjects.COORDINATOR_EVENT, encode(report), timeout_s=5.0)) == Ack()
 
     async def finish(self, run: RunRound) -> None:
         output = [10 + i for i in range(run.stop.max_output_tokens)]
@@ -216,12 +257,12 @@ class Cluster:
         self.crashes: list[str] = []
         self.service: CoordinatorService | None = None
 
-    async def start(self, *, event_log: EventLog | None = None, records: Any = None) -> None:
+    async def start(self, *, event_log: EventLog | None = None, records: Any = None, **config: Any) -> None:
         self.coordinator_bus = await self.hub.connect("coordinator")
         self.service = CoordinatorService(
             self.coordinator_bus,
             records or self.records,
-            config=CoordinatorConfig(policy="remote"),
+            config=CoordinatorConfig(**{"policy": "remote", **config}),
             secret=SECRET,
             text=InputText(FakeCodec()),  # type: ignore[arg-type]
             on_crash=self.crashes.append,
@@ -341,7 +382,17 @@ async def test_bad_requests_are_refused_and_the_next_round_works(cluster: Cluste
     assert accepted.num_input_tokens == 6000
 
 
-async def test_tickets_are_signed_for_the_pulls_that_are_commanded(cluster: Cluster) -> None:
+@pytest.fixture
+async def reading() -> AsyncIterator[Cluster]:
+    """Prefill workers read the history, keep what they have, and get the rest ahead of the next round."""
+    started = Cluster()
+    await started.start(policy_options={"routing.reads_history": True, "stages": True}, min_staged_tokens=1)
+    yield started
+    await started.stop()
+
+
+async def test_tickets_are_signed_for_the_pulls_that_are_commanded(reading: Cluster) -> None:
+    cluster = reading
     decode_worker = await cluster.add_worker("d", "decode")
     prefill_worker = await cluster.add_worker("p", "prefill")
     decode_worker.num_cached = 2
@@ -360,6 +411,46 @@ async def test_tickets_are_signed_for_the_pulls_that_are_commanded(cluster: Clus
     assert (increment.max_bytes, history.max_bytes) == (3 * 64, 2 * 64)
     assert unpack_token_ids(task.token_ids) == [3]
     assert increment.nonce != history.nonce
+
+
+async def test_a_ticket_is_signed_for_kv_that_moves_ahead(reading: Cluster) -> None:
+    await reading.add_worker("d", "decode")
+    prefill_worker = await reading.add_worker("p", "prefill")
+    async with await reading.client() as client:
+        session = await client.open_session("s")
+        stream = await session.submit([1, 2, 3], max_output_tokens=4)
+        await stream.result()
+        (stage,) = await prefill_worker.received(StageKv)
+        ticket = verify(SECRET, stage.history.ticket)
+        assert (ticket.key, ticket.source, ticket.destination) == (resident_key(SessionKey("t", "s")), "d", "p")
+        assert (stage.num_tokens, ticket.max_bytes) == (6, 6 * 64)
+        await session.close()
+    assert len(await prefill_worker.received(DropSession)) == 1, "the prefill worker gives back what it keeps"
+
+
+async def test_a_session_is_explained_over_the_bus(cluster: Cluster) -> None:
+    await cluster.add_worker("d", "decode")
+    async with await cluster.client() as client:
+        session = await client.open_session("s")
+        stream = await session.submit([1, 2, 3], max_output_tokens=4)
+        await stream.result()
+        explained = await client.explain("s")
+        (one,) = explained.rounds
+        assert (explained.policy, one.reason, one.worker_id) == ("remote", "no prefill worker", "d")
+        assert one.options[one.chosen_index].num_new_tokens == 3
+        with pytest.raises(AmpdError, match="other") as refused:
+            await client.explain("other")
+        assert refused.value.code == ErrorCode.UNKNOWN_SESSION
+        await session.close()
+        assert (await client.explain("s")).rounds[0].ttft_s is not None
+    bus = await cluster.hub.connect("operator")
+    as_json = json.dumps({"type": "explain_session", "tenant": "t", "session": "s"}).encode()
+    assert json.loads(await bus.request(subjects.EXPLAIN, as_json, timeout_s=5.0))["type"] == "session_explained"
+    wrong: Any = decode(await bus.request(subjects.EXPLAIN, encode(GetStatus()), timeout_s=5.0))
+    assert wrong.code == ErrorCode.INVALID_REQUEST
+    missing = encode(ExplainSession(tenant="other", session="s"))
+    unknown: Any = decode(await bus.request(subjects.EXPLAIN, missing, timeout_s=5.0))
+    assert unknown.code == ErrorCode.UNKNOWN_SESSION
 
 
 async def test_a_report_is_acknowledged_only_once_the_record_has_it(cluster: Cluster) -> None:
@@ -483,10 +574,16 @@ async def test_a_cancelled_round_ends_on_its_stream(cluster: Cluster) -> None:
     assert len(worker.of_kind(CancelRun)) == 1
 
 
-async def test_an_event_log_replays_to_the_same_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["adaptive", "ampd", "remote"])
+async def test_an_event_log_replays_to_the_same_commands(policy: str, tmp_path: Path) -> None:
+    """All that this policy may do: prefills elsewhere, KV that is kept and moves ahead, corrected predictions."""
+    config = CoordinatorConfig(policy=policy, policy_options={"stages": True}, min_staged_tokens=1)
     cluster = Cluster()
-    log = EventLog(tmp_path / "logs" / "events.jsonl")
-    await cluster.start(event_log=log)
+    path = tmp_path / "logs" / "events.jsonl"
+    log = EventLog(path)
+    await cluster.start(
+        event_log=log, policy=policy, policy_options=config.policy_options, min_staged_tokens=config.min_staged_tokens
+    )
     assert cluster.service is not None
     live: list[Command] = []
     execute = cluster.service._execute
@@ -497,21 +594,70 @@ async def test_an_event_log_replays_to_the_same_commands(tmp_path: Path) -> None
 
     cluster.service._execute = record_and_execute  # type: ignore[method-assign]
     await cluster.add_worker("d", "decode")
-    await cluster.add_worker("p", "prefill")
+    prefill_worker = await cluster.add_worker("p", "prefill")
     async with await cluster.client() as client:
-        session = await client.open_session()
-        for _ in range(3):
-            stream = await session.submit([1, 2, 3], max_output_tokens=3)
-            await stream.result()
-        await session.close()
+        for _ in range(2):
+            session = await client.open_session(slo=Slo(ttft_s=0.5))
+            for length in (3, 2000, 40):
+                stream = await session.submit([1] * length, max_output_tokens=3)
+                await stream.result()
+            await session.close()
     await cluster.stop()
     log.close()
-    fresh = Coordinator(CoordinatorConfig(policy="remote"))
-    replayed = [
-        c for now, event in read_event_log(tmp_path / "logs" / "events.jsonl") for c in fresh.on_event(event, now)
-    ]
+    fresh = Coordinator(config)
+    replayed = [command for now, event in read_event_log(path) for command in fresh.on_event(event, now)]
     assert replayed == live
     assert len(live) > 20
+    assert fresh.state.counters == cluster.service.core.state.counters
+    if policy != "adaptive":
+        assert prefill_worker.of_kind(PrefillTask), "the log has remote prefills"
+    summary = replay(config, read_event_log(path))
+    assert summary.commands.total() == len(live)
+    assert summary.digest == replay(config, read_event_log(path)).digest
+    assert summary.events["RecordsLoaded"] == 1
+
+
+def test_a_log_is_replayed_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    for life in range(2):
+        log.write(10.0 + life, RecordsLoaded(records=()))
+        log.write(12.5 + life, Ticked())
+    log.close()
+    monkeypatch.setattr("sys.argv", ["replay", str(path), "--policy", "adaptive", "--disable", "staging"])
+    assert replay_main() == 0
+    shown = capsys.readouterr().out
+    assert "4 events over 5.0 s, 0 sessions open" in shown
+    assert "RecordsLoaded 2, Ticked 2" in shown
+    path.write_text("{}\n")
+    assert replay_main() == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--policy-option", "routing.alpha"], "PATH=VALUE"),
+        (["--policy-option", "routing.nothing=1"], "routing.nothing"),
+        (["--cost-scale", "0"], "--cost-scale"),
+        (["--max-attempts", "0"], "--max-attempts"),
+        (["--profile", "no-such-gpu"], "no-such-gpu"),
+    ],
+)
+def test_a_flag_at_fault_is_named(flags: list[str], named: str) -> None:
+    with pytest.raises(AmpdError, match=named) as refused:
+        read_config(build_parser().parse_args(flags))
+    assert refused.value.code == ErrorCode.INVALID_REQUEST
+
+
+def test_flags_make_the_policy() -> None:
+    flags = ["--policy=adaptive", "--disable=staging", "--disable=admission", "--policy-option=routing.uncertainty=0.5"]
+    config = read_config(build_parser().parse_args(flags))
+    scheduling = config.scheduling
+    assert (scheduling.name, scheduling.stages, scheduling.admission) == ("adaptive", False, False)
+    assert (scheduling.keeps_resident, scheduling.routing.uncertainty) == (True, 0.5)
 
 
 async def test_a_failing_core_ends_the_process() -> None:

@@ -1,177 +1,34 @@
-"""Two workers, a real tiny model and real KV sockets, commanded by hand as the coordinator would."""
+"""Rounds on two workers: every token is that of `generate`, exactly the KV that is missing moves, nothing is left."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import threading
-import time
-import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from worker_pair import load_reference, start_pair
 
-from services.worker.context import WorkerContext, WorkerLimits
-from services.worker.outbox import Outbox
-from services.worker.runtime import WorkerRuntime
-from services.worker.streams import StreamPublisher
 from shared import subjects
 from shared.core.types import RoundKey, SessionKey
-from shared.engine.engine_loop import EngineLoop, build_scheduler
 from shared.engine.model_files import resolve_model
-from shared.engine.model_runner import ModelRunner
 from shared.errors import AmpdError, ErrorCode
-from shared.memory_bus import MemoryHub
 from shared.messages import (
     Ack,
     CancelRun,
-    DropSession,
     Message,
     NeedTokens,
     PrefillTask,
     RemotePrefill,
-    RoundEnded,
-    RunRound,
     RunRoundAck,
-    SamplingParams,
-    Slo,
-    StopConditions,
     decode,
-    encode,
-    pack_token_ids,
-    raise_if_error,
     unpack_token_ids,
 )
-from shared.text import TextCodec
-from shared.transport.client import KvClient
-from shared.transport.leases import LeaseTable
-from shared.transport.server import KvServer
-from shared.transport.tickets import TicketClaims, mint
-
-SECRET = b"0123456789abcdef"
-
-
-class Worker:
-    def __init__(self, runtime: WorkerRuntime, runner: ModelRunner) -> None:
-        self.runtime = runtime
-        self.runner = runner
-        self.id = runtime.context.worker_id
-        self.incarnation = runtime.context.incarnation
-        self.scheduler = runtime.context.engine.scheduler
-
-
-class Commander:
-    """Stands in for the coordinator: signs tickets, sends commands, acknowledges and keeps events."""
-
-    def __init__(self, bus: Any) -> None:
-        self.bus = bus
-        self.ended: asyncio.Queue[RoundEnded] = asyncio.Queue()
-        self.prefills: asyncio.Queue[Message] = asyncio.Queue()
-
-    async def listen(self) -> None:
-        async def on_event(message: Any) -> None:
-            event = decode(message.data)
-            await (self.ended if isinstance(event, RoundEnded) else self.prefills).put(event)
-            await message.respond(encode(Ack()))
-
-        await self.bus.subscribe(subjects.COORDINATOR_EVENT, on_event)
-
-    async def command(self, worker: Worker, message: Message) -> Message:
-        reply = await self.bus.request(subjects.worker_command(worker.id), encode(message), timeout_s=5.0)
-        return raise_if_error(decode(reply))
-
-    def ticket(self, key: RoundKey, source: Worker, destination: Worker) -> bytes:
-        claims = TicketClaims(
-            key=key,
-            source=source.id,
-            source_incarnation=source.incarnation,
-            destination=destination.id,
-            destination_incarnation=destination.incarnation,
-            max_bytes=1 << 30,
-            ttl_s=60.0,
-            nonce=secrets.token_bytes(16),
-        )
-        return mint(SECRET, claims)
-
-    def run_round(
-        self,
-        decoder: Worker,
-        history: list[int],
-        new: list[int],
-        *,
-        tokens_start: int = 0,
-        round_index: int = 0,
-        attempt: int = 1,
-        forced: list[int] | None = None,
-        remote: Worker | None = None,
-        max_output_tokens: int = 8,
-    ) -> RunRound:
-        tokens = history + new + (forced or [])
-        key = RoundKey("t", "s", round_index, attempt)
-        return RunRound(
-            tenant="t",
-            session="s",
-            round=round_index,
-            attempt=attempt,
-            incarnation=decoder.incarnation,
-            tokens_start=tokens_start,
-            prefix_checksum=zlib.crc32(pack_token_ids(tokens[:tokens_start])),
-            token_ids=pack_token_ids(tokens[tokens_start:]),
-            num_history_tokens=len(history),
-            num_input_tokens=len(new),
-            num_forced_tokens=len(forced or []),
-            sampling=SamplingParams(),
-            stop=StopConditions(max_output_tokens=max_output_tokens, ignore_eos=True),
-            slo=Slo(),
-            deadline_s=30.0,
-            stream_encoding="msgpack",
-            remote=None
-            if remote is None
-            else RemotePrefill(
-                worker_id=remote.id, incarnation=remote.incarnation, ticket=self.ticket(key, remote, decoder)
-            ),
-        )
-
-    async def start(self, decoder: Worker, message: RunRound, tokens: list[int], remote: Worker | None) -> RunRoundAck:
-        ack = await self.command(decoder, message)
-        assert isinstance(ack, RunRoundAck)
-        if remote is not None:
-            key = RoundKey("t", "s", message.round, message.attempt)
-            history = ack.history and ack.history.__class__(
-                **{**_fields(ack.history), "ticket": self.ticket(key, decoder, remote)}
-            )
-            task = PrefillTask(
-                tenant="t",
-                session="s",
-                round=message.round,
-                attempt=message.attempt,
-                incarnation=remote.incarnation,
-                num_cached_tokens=ack.num_cached_tokens,
-                token_ids=pack_token_ids(tokens[ack.num_cached_tokens :]),
-                num_forced_tokens=message.num_forced_tokens,
-                sampling=message.sampling,
-                slo=message.slo,
-                waited_s=0.0,
-                deadline_s=30.0,
-                history=history,
-                decode_worker=decoder.id,
-                decode_incarnation=decoder.incarnation,
-            )
-            assert isinstance(await self.command(remote, task), Ack)
-        return ack
-
-    async def end(self) -> RoundEnded:
-        return await asyncio.wait_for(self.ended.get(), 30)
-
-
-def _fields(struct: Any) -> dict[str, Any]:
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
 
 @pytest.fixture(scope="module")
@@ -181,76 +38,13 @@ def model_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def reference(model_dir: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-
-    def generate(prompt: list[int], num_tokens: int) -> list[int]:
-        inputs = torch.tensor([prompt])
-        return model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-
-    return generate
+    return load_reference(model_dir)
 
 
 @pytest.fixture
-async def cluster(model_dir: Path, tmp_path: Path) -> AsyncIterator[tuple[Commander, Worker, Worker]]:
-    """(commander, prefill worker, decode worker); at the end nothing may be left in either."""
-    hub = MemoryHub()
-    commander = Commander(await hub.connect("commander"))
-    await commander.listen()
-    stop = asyncio.Event()
-    workers, serving, closers = [], [], []
-    for role in ("prefill", "decode"):
-        runner = ModelRunner.load(model_dir, dtype="float32", num_blocks=200)
-        leases, bus = LeaseTable(time.monotonic), await hub.connect(role)
-        incarnation = secrets.randbits(63)
-        server = KvServer(
-            runner.pool,
-            leases,
-            worker_id=role,
-            incarnation=incarnation,
-            secret=SECRET,
-            listen=[f"unix://{tmp_path}/{role}.sock", "tcp://127.0.0.1:0"],
-        )
-        client = KvClient(runner.pool, worker_id=role, incarnation=incarnation)
-        context = WorkerContext(
-            worker_id=role,
-            incarnation=incarnation,
-            bus=bus,
-            engine=EngineLoop(
-                runner,
-                build_scheduler(runner, chunk_tokens=16, max_prefill_tokens=32, max_batch=8),
-                clock=time.monotonic,
-            ),
-            leases=leases,
-            kv_client=client,
-            kv_endpoints=server.start(),
-            codec=TextCodec.load(model_dir),
-            outbox=Outbox(bus),
-            streams=StreamPublisher(bus),
-            clock=time.monotonic,
-            max_context_tokens=runner.max_context_tokens,
-            limits=WorkerLimits(lease_ttl_s=5.0),
-        )
-        runtime = WorkerRuntime(context, role=role, model="tiny-random")  # type: ignore[arg-type]
-        workers.append(Worker(runtime, runner))
-        serving.append(asyncio.create_task(runtime.serve(stop, drain_timeout_s=5.0)))
-        closers.append((client, server, bus))
-    yield commander, workers[0], workers[1]
-    await commander.command(workers[1], DropSession(tenant="t", session="s"))
-    await commander.command(workers[0], DropSession(tenant="t", session="s"))
-    stop.set()
-    await asyncio.wait_for(asyncio.gather(*serving), 20)
-    for worker in workers:
-        worker.scheduler.check_integrity()
-        assert worker.scheduler.allocator.num_free == worker.scheduler.allocator.num_usable
-        assert len(worker.runtime.context.leases) == 0
-    for client, server, bus in closers:
-        await client.close()
-        server.close()
-        await bus.close()
-    await commander.bus.close()
+async def cluster(model_dir: Path, tmp_path: Path) -> AsyncIterator[Any]:
+    async with start_pair(model_dir, tmp_path) as pair:
+        yield pair
 
 
 async def test_local_then_remote_then_remote_equal_generate(cluster: Any, reference: Any) -> None:
@@ -387,7 +181,7 @@ async def test_a_foreign_ticket_moves_no_byte_and_the_round_fails_typed(cluster:
         incarnation=prefiller.incarnation,
         ticket=commander.ticket(RoundKey("t", "other", 0, 1), prefiller, decoder),
     )
-    forged_message = RunRound(**{**_fields(message), "remote": forged})
+    forged_message = msgspec.structs.replace(message, remote=forged)
     await commander.start(decoder, forged_message, new, prefiller)
     ended = await commander.end()
     assert ended.error is not None

@@ -1,0 +1,56 @@
+"""What a worker expects its own steps to last: the costs of a profile, corrected by what was measured.
+
+Without a profile only a rate is known, once something was measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from shared.core.step_costs import StepCosts
+
+CORRECTION_WEIGHT = 0.1  # of the newest step
+CORRECTION_RANGE = (0.2, 5.0)  # one step that the machine held up must not stop every prefill
+
+
+class StepPredictor:
+    """`costs` is a copy: its scale follows the measurements when `corrects` is set."""
+
+    def __init__(self, costs: StepCosts | None = None, *, corrects: bool = False) -> None:
+        self.costs = copy.copy(costs)
+        self.tokens_per_s = 0.0  # measured, 0 when nothing was yet
+        self.correction = 1.0  # measured / predicted, a running mean
+        self._scale = costs.scale if costs is not None else 1.0
+        self._corrects = corrects
+
+    def prefill_s(self, num_history: int, num_new: int) -> float:
+        """Seconds to compute `num_new` tokens after `num_history`; 0 when nothing is known."""
+        if self.costs is not None:
+            return self.costs.prefill_s(num_history, num_new)
+        return num_new / self.tokens_per_s if self.tokens_per_s > 0 else 0.0
+
+    def read_host_s(self, num_tokens: int) -> float:
+        """Seconds to bring KV of `num_tokens` tokens back from host memory."""
+        if self.costs is None:
+            return 0.0
+        return self.costs.latency_s + num_tokens * self.costs.kv_bytes_per_token / self.costs.host_bytes_per_s
+
+    def read_peer_s(self, num_tokens: int) -> float:
+        """Seconds to bring KV of `num_tokens` tokens back from another worker."""
+        if self.costs is None:
+            return 0.0
+        return self.costs.latency_s + num_tokens * self.costs.kv_bytes_per_token / self.costs.link_bytes_per_s
+
+    def observe(self, batch: int, mean_context: float, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A step of `batch` decodes and chunks (history, tokens) has lasted `seconds`."""
+        if self.costs is None:
+            return
+        predicted_s = self.costs.step_s(batch, mean_context, chunks) * self._scale / self.costs.scale
+        if predicted_s <= 0.0 or seconds <= 0.0:
+            return
+        low, high = CORRECTION_RANGE
+        measured = min(high, max(low, seconds / predicted_s))
+        self.correction += CORRECTION_WEIGHT * (measured - self.correction)
+        if self._corrects:
+            self.costs.scale = self._scale * self.correction

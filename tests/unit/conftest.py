@@ -1,0 +1,8 @@
+"""Modules that several unit tests share lie beside them; test folders are no packages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
