@@ -16,7 +16,7 @@ DEMO_RATE ?= 0.7
 COMPOSE_TEST_TIMEOUT_S ?= 1500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench test-compose clean
+.PHONY: help setup demo test check bench bench-scheduling test-compose clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -47,10 +47,13 @@ check: setup ## lint, format, import contracts, strict types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: setup ## every benchmark, one JSON file each under out/bench
+bench: setup ## every benchmark of one part alone, one JSON file each under out/bench
 	mkdir -p out/bench
 	set -e; for script in benchmarks/bench_*.py; do \
 	  $(BIN)/python $$script --out out/bench/$$(basename $$script .py).json; done
+
+bench-scheduling: setup ## simulate every policy on every workload: tables and plots in results/scheduling
+	$(BIN)/python -m benchmarks.scheduling --out results/scheduling
 
 test-compose: setup ## build the images, run the cluster under docker compose, break it, take it down
 	$(BIN)/python -m pytest tests/compose -m compose -o timeout=$(COMPOSE_TEST_TIMEOUT_S)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def positive(text: str) -> float:
@@ -46,7 +49,7 @@ def names(text: str) -> tuple[str, ...]:
     return _list(text, lambda part: part, "names")
 
 
-def _list[T](text: str, read: Callable[[str], T], kind: str) -> tuple[T, ...]:
+def _list(text: str, read: Callable[[str], T], kind: str) -> tuple[T, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise argparse.ArgumentTypeError(f"{kind} with commas between them are needed, not {text!r}")

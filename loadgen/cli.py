@@ -1,14 +1,13 @@
-"""The `loadgen` command: replay traces against a cluster, make synthetic traces, render reports again.
+"""The `loadgen` command: replay traces, compare policies, make synthetic traces, render reports again.
 
-Exit status: 0 when every round completed; 1 when some did not; 2 when the command could not start, with a message
-that says what to change.
+Exit status: 0 when every round completed (compare: when every run was made); 1 when not; 2 when the command could not
+start, with a message that says what to change.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
+from loadgen.argument_types import context, count, non_negative, positive, seed
+from loadgen.compare_command import add_compare_command
 from loadgen.plan import Plan
 from loadgen.run import RUN, ReplayConfig, make_folder, plan_replay, render_again, replay_trace
 from loadgen.synth import KINDS, synthesise
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     _add_synth(commands)
     _add_report(commands)
+    add_compare_command(commands)
     return parser
 
 
@@ -62,31 +64,31 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     replay.add_argument("--format", choices=("auto", "ampd", "mooncake"), default="auto")
     replay.add_argument("--nats-url", metavar="URL", help=f"default: $AMPD_NATS_URL, or {DEFAULT_URL}")
     replay.add_argument("--tenant", default="default")
-    replay.add_argument("--sessions", type=_count, metavar="N", help="the first N of the trace (default: all)")
+    replay.add_argument("--sessions", type=count, metavar="N", help="the first N of the trace (default: all)")
     replay.add_argument("--sample", action="store_true", help="N drawn from the whole trace by the seed instead")
-    replay.add_argument("--rate", type=_positive, metavar="R", help="mean arrivals, sessions per second")
+    replay.add_argument("--rate", type=positive, metavar="R", help="mean arrivals, sessions per second")
     replay.add_argument(
         "--arrivals",
         choices=("poisson", "recorded"),
         help="default: poisson with --rate; without, recorded if the trace knows them, else poisson at 1/s",
     )
-    replay.add_argument("--ttft-slo", type=_positive, default=ReplayConfig.ttft_slo, metavar="S")
-    replay.add_argument("--itl-slo", type=_positive, default=ReplayConfig.itl_slo, metavar="S")
+    replay.add_argument("--ttft-slo", type=positive, default=ReplayConfig.ttft_slo, metavar="S")
+    replay.add_argument("--itl-slo", type=positive, default=ReplayConfig.itl_slo, metavar="S")
     replay.add_argument(
-        "--max-context", type=_context, metavar="N", help="cut sessions to N tokens, inputs and outputs together"
+        "--max-context", type=context, metavar="N", help="cut sessions to N tokens, inputs and outputs together"
     )
-    replay.add_argument("--max-delay", type=_non_negative, metavar="S", help="cap the delays between rounds")
+    replay.add_argument("--max-delay", type=non_negative, metavar="S", help="cap the delays between rounds")
     replay.add_argument(
-        "--max-in-flight", type=_count, default=ReplayConfig.max_in_flight, metavar="N", help="sessions open at once"
+        "--max-in-flight", type=count, default=ReplayConfig.max_in_flight, metavar="N", help="sessions open at once"
     )
     replay.add_argument(
         "--deadline",
-        type=_positive,
+        type=positive,
         default=ReplayConfig.deadline,
         metavar="S",
         help="of a round (default: %(default)g)",
     )
-    replay.add_argument("--seed", type=_seed, default=0, metavar="K")
+    replay.add_argument("--seed", type=seed, default=0, metavar="K")
     replay.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
@@ -96,8 +98,8 @@ def _add_synth(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     synth.set_defaults(run=run_synth)
     synth.add_argument("kind", choices=sorted(KINDS), metavar="KIND", help=", ".join(sorted(KINDS)))
-    synth.add_argument("--sessions", type=_count, required=True, metavar="N")
-    synth.add_argument("--seed", type=_seed, default=0, metavar="K")
+    synth.add_argument("--sessions", type=count, required=True, metavar="N")
+    synth.add_argument("--seed", type=seed, default=0, metavar="K")
     synth.add_argument("--out", type=Path, required=True, metavar="FILE")
 
 
@@ -110,8 +112,8 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     report.set_defaults(run=run_report)
     report.add_argument("folder", type=Path, metavar="DIR", help="the --out folder of a replay")
-    report.add_argument("--ttft-slo", type=_positive, metavar="S")
-    report.add_argument("--itl-slo", type=_positive, metavar="S")
+    report.add_argument("--ttft-slo", type=positive, metavar="S")
+    report.add_argument("--itl-slo", type=positive, metavar="S")
 
 
 def run_replay(args: argparse.Namespace) -> int:
@@ -145,43 +147,6 @@ def run_synth(args: argparse.Namespace) -> int:
 def run_report(args: argparse.Namespace) -> int:
     report = render_again(args.folder, Console(), args.ttft_slo, args.itl_slo)
     return 0 if report["rounds"]["failed"] == 0 else 1
-
-
-def _number(text: str, kind: str, minimum: float, *, exclusive: bool = False) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
-        raise argparse.ArgumentTypeError(f"{kind} is needed, not {text!r}")
-    return value
-
-
-def _whole(text: str, minimum: int) -> int:
-    value = _number(text, f"a whole number of at least {minimum}", minimum)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"a whole number of at least {minimum} is needed, not {text!r}")
-    return int(value)
-
-
-def _positive(text: str) -> float:
-    return _number(text, "a number above 0", 0.0, exclusive=True)
-
-
-def _non_negative(text: str) -> float:
-    return _number(text, "a number of at least 0", 0.0)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _context(text: str) -> int:
-    return _whole(text, 2)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def collect_runs(runs: Iterable[tuple[int, float]]) -> tuple[Floats, npt.NDArray
     return pairs["value"], pairs["count"]
 
 
-def weighted_percentiles(values: Floats, counts: npt.NDArray[np.int64], shares: Sequence[float]) -> list[float]:
+def weighted_percentiles(
+    values: Floats, counts: npt.NDArray[np.int64], shares: Sequence[float] | Floats
+) -> list[float]:
     """`shares` in [0, 1]; counts >= 1; at least one value."""
     order = np.argsort(values, kind="stable")
     ordered, ends = values[order], np.cumsum(counts[order])

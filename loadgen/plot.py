@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from loadgen.percentiles import Runs, collect_runs, weighted_percentiles
 from loadgen.records import RoundRecord, RunInfo
 from loadgen.report import Report, attains
 
@@ -28,11 +29,12 @@ def save_plot(run: RunInfo, records: Sequence[RoundRecord], report: Report, path
     groups = {"local": LOCAL, "remote": REMOTE}
     ttfts = {name: [r.ttft_s for r in completed if r.usage and r.usage.prefill == name] for name in groups}
     itls = {
-        name: [itl_s for r in completed if r.usage and r.usage.prefill == name for itl_s in r.itls_s] for name in groups
+        name: [itl_run for r in completed if r.usage and r.usage.prefill == name for itl_run in r.itl_runs]
+        for name in groups
     }
     for name, color in groups.items():
-        _draw_cdf(axes["ttft"], [ttft_s for ttft_s in ttfts[name] if ttft_s is not None], name, color)
-        _draw_cdf(axes["itl"], itls[name], name, color)
+        draw_cdf(axes["ttft"], [(1, ttft_s) for ttft_s in ttfts[name] if ttft_s is not None], name, color)
+        draw_cdf(axes["itl"], itls[name], name, color)
     _finish_cdf(axes["ttft"], "TTFT, s", run.slo.ttft_s)
     _finish_cdf(axes["itl"], "ITL, s", run.slo.itl_s)
     _draw_lanes(axes["lanes"], run, records)
@@ -42,10 +44,14 @@ def save_plot(run: RunInfo, records: Sequence[RoundRecord], report: Report, path
     figure.savefig(path, dpi=110)
 
 
-def _draw_cdf(axes: Axes, values: Sequence[float], label: str, color: str) -> None:
-    if values:
-        shares = np.linspace(0.0, 1.0, min(len(values), MAX_CDF_POINTS) + 1)
-        axes.plot(np.quantile(values, shares), shares, label=f"{label} ({len(values)})", color=color)
+def draw_cdf(axes: Axes, runs: Runs, label: str, color: str) -> None:
+    """Of values that come in runs of equal ones: (how many, the value)."""
+    values, counts = collect_runs(runs)
+    if len(values):
+        num_values = int(counts.sum())
+        shares = np.linspace(0.0, 1.0, min(num_values, MAX_CDF_POINTS) + 1)
+        quantiles = weighted_percentiles(values, counts, shares)
+        axes.plot(quantiles, shares, label=f"{label} ({num_values})", color=color)
 
 
 def _finish_cdf(axes: Axes, title: str, slo_s: float) -> None:

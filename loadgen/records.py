@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from loadgen.percentiles import Runs
 from loadgen.plan import PlannedRound, PlannedSession
 from loadgen.traces import bad_line, read_lines
 from shared.errors import AmpdError, ErrorCode
@@ -33,6 +34,8 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `due_s` is when the round should have been sent: its session's arrival, or the end of the round before plus its
     delay. `planned_input_tokens` is what the trace says, `usage.num_input_tokens` what was counted.
+    `token_times_s` has every token's time; where `gaps` is given (simulated rounds), the first token's alone, and
+    `gaps` are those between the tokens after it, in order, equal ones counted: (how many, seconds).
     """
 
     session_index: int
@@ -48,6 +51,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float | None = None
     finished_s: float | None = None
     token_times_s: tuple[float, ...] = ()
+    gaps: tuple[tuple[Annotated[int, msgspec.Meta(ge=1)], Annotated[float, msgspec.Meta(ge=0.0)]], ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     num_recoveries: int = 0
@@ -62,19 +66,38 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.token_times_s[0] - self.sent_s
 
     @property
+    def num_output_tokens(self) -> int:
+        """As many as reached the client."""
+        return len(self.token_times_s) + sum(count for count, _ in self.gaps)
+
+    @property
+    def itl_runs(self) -> Runs:
+        """Gaps between successive output tokens, (how many, seconds); tokens of one message have gaps of 0 between
+        them."""
+        if self.gaps:
+            return self.gaps
+        return [(1, later - earlier) for earlier, later in itertools.pairwise(self.token_times_s)]
+
+    @property
     def itls_s(self) -> list[float]:
-        """Gaps between successive output tokens; tokens of one message have gaps of 0 between them."""
-        return [later - earlier for earlier, later in itertools.pairwise(self.token_times_s)]
+        """The same one by one."""
+        return [itl_s for count, itl_s in self.itl_runs for _ in range(count)]
 
     @property
     def tpot_s(self) -> float | None:
         """(last - first) / (n - 1); None for fewer than two tokens."""
+        if self.gaps:
+            return sum(count * itl_s for count, itl_s in self.gaps) / sum(count for count, _ in self.gaps)
         times = self.token_times_s
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a report needs beside the rounds. `config`: the options of the run, as given."""
+    """All that a report needs beside the rounds. `config`: the options of the run, as given.
+
+    The report is of the rounds sent in [warm_up_s, until_s) alone, where these are given. `simulation`: what a
+    simulated run was of, and what it took.
+    """
 
     kind: Literal["live", "simulated"]
     policy: str
@@ -86,6 +109,9 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any]
     trace: dict[str, Any]  # file, sessions, cuts, arrivals, rate
     machine: dict[str, Any]
+    warm_up_s: float = 0.0
+    until_s: float | None = None
+    simulation: dict[str, Any] | None = None
 
 
 def record_unsent(session: PlannedSession, index: int, planned: PlannedRound, code: str, message: str) -> RoundRecord:
@@ -132,6 +158,10 @@ def read_records(path: Path) -> list[RoundRecord]:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise bad_line(path, number, error) from error
     return records
+
+
+def encode_run(run: RunInfo) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(run), indent=2) + b"\n"
 
 
 def read_run(path: Path) -> RunInfo:

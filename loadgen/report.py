@@ -3,6 +3,7 @@
 Definitions (docs/glossary.md): a round attains its SLO when TTFT <= ttft_slo_s and TPOT <= itl_slo_s; attainment is
 over the rounds *offered*, so that failed, rejected and unsent rounds count against it. A round of one token has no
 TPOT and cannot miss it. Percentiles interpolate linearly; a distribution of nothing has count 0 and null values.
+A run with a warm-up or an end is reported for the rounds sent between the two, and for the sessions that arrived then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from loadgen.measured import MeasuredPart, select_measured
+from loadgen.percentiles import collect_runs, percentile_of_runs, weighted_percentiles
 from loadgen.records import INTERRUPTED, RoundRecord, RunInfo
 from shared.messages import Slo, Usage
 
@@ -24,8 +27,10 @@ Report = dict[str, Any]
 
 def build_report(run: RunInfo, records: Sequence[RoundRecord]) -> Report:
     """The content of report.json. Rounds offered that have no record (the run was killed) count as failed."""
-    completed = [record for record in records if record.state == "completed"]
+    part = select_measured(run, records)
+    completed = [record for record in part.rounds if record.state == "completed"]
     usages = [record.usage for record in completed if record.usage is not None]
+    attained = sum(attains(record, run.slo) for record in part.rounds)
     return {
         "schema": SCHEMA,
         "kind": run.kind,
@@ -33,18 +38,23 @@ def build_report(run: RunInfo, records: Sequence[RoundRecord]) -> Report:
         "model": run.model,
         "seed": run.seed,
         "rounds": {
-            "offered": run.rounds_offered,
+            "offered": part.rounds_offered,
             "completed": len(completed),
-            "failed": run.rounds_offered - len(completed),
-            "attained": sum(attains(record, run.slo) for record in records),
+            "failed": part.rounds_offered - len(completed),
+            "attained": attained,
         },
         "sessions": {
-            "offered": run.sessions_offered,
-            "completed": len(_sessions_all(records, lambda record: record.state == "completed")),
+            "offered": part.sessions_offered,
+            "completed": len(_sessions_all(part.of_sessions, lambda record: record.state == "completed")),
         },
-        "slo": _rate_attainment(run, records),
+        "measured": {
+            "from_s": run.warm_up_s,
+            "until_s": run.until_s,
+            "rounds_left_out": run.rounds_offered - part.rounds_offered,
+        },
+        "slo": _rate_attainment(run.slo, part, attained),
         "ttft_s": summarise(record.ttft_s for record in completed),
-        "itl_s": summarise(itl_s for record in completed for itl_s in record.itls_s),
+        "itl_s": summarise_runs(itl_run for record in completed for itl_run in record.itl_runs),
         "tpot_s": summarise(record.tpot_s for record in completed),
         "round_s": summarise(_duration(record) for record in completed),
         "ttft_by": _split_ttft(completed),
@@ -52,16 +62,17 @@ def build_report(run: RunInfo, records: Sequence[RoundRecord]) -> Report:
             stage: summarise(getattr(usage, f"{stage}_s") for usage in usages)
             for stage in ("queued", "transfer", "prefill", "decode")
         },
-        "lag_s": summarise(_lag(record) for record in records),
+        "lag_s": summarise(_lag(record) for record in part.rounds),
         "prefill": _count_prefills(usages),
         "kv": _sum_kv(usages),
         "tokens": _sum_tokens(usages),
         "throughput": _measure_throughput(completed),
-        "recoveries": sum(record.num_recoveries for record in records),
-        "errors": _count_errors(run, records),
+        "recoveries": sum(record.num_recoveries for record in part.rounds),
+        "errors": _count_errors(run, records, part.rounds),
         "trace": run.trace,
         "config": run.config,
         "machine": run.machine,
+        **({} if run.simulation is None else {"simulation": run.simulation}),
     }
 
 
@@ -72,37 +83,41 @@ def attains(record: RoundRecord, slo: Slo) -> bool:
 
 def attains_p99_itl(record: RoundRecord, slo: Slo) -> bool:
     """The stricter reading: the 99th percentile of the round's own token gaps instead of their mean."""
-    itls_s = record.itls_s
-    return _attains_ttft(record, slo) and (not itls_s or float(np.percentile(itls_s, 99)) <= slo.itl_s)
+    return _attains_ttft(record, slo) and percentile_of_runs(record.itl_runs, 0.99) <= slo.itl_s
 
 
 def summarise(values: Iterable[float | None]) -> dict[str, float | int | None]:
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
-    if not len(known):
+    return summarise_runs((1, value) for value in values if value is not None)
+
+
+def summarise_runs(runs: Iterable[tuple[int, float]]) -> dict[str, float | int | None]:
+    """Of values that come in runs of equal ones: (how many, the value)."""
+    values, counts = collect_runs(runs)
+    if not len(values):
         return {"count": 0, "mean": None, "p50": None, "p90": None, "p99": None, "max": None}
-    p50, p90, p99 = np.percentile(known, (50, 90, 99))
-    summary = {"mean": known.mean(), "p50": p50, "p90": p90, "p99": p99, "max": known.max()}
-    return {"count": len(known), **{name: round(float(value), 6) for name, value in summary.items()}}
+    p50, p90, p99 = weighted_percentiles(values, counts, (0.5, 0.9, 0.99))
+    mean = np.average(values, weights=counts)
+    summary = {"mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": values.max()}
+    return {"count": int(counts.sum()), **{name: round(float(value), 6) for name, value in summary.items()}}
 
 
 def _attains_ttft(record: RoundRecord, slo: Slo) -> bool:
     return record.state == "completed" and record.ttft_s is not None and record.ttft_s <= slo.ttft_s
 
 
-def _rate_attainment(run: RunInfo, records: Sequence[RoundRecord]) -> Report:
+def _rate_attainment(slo: Slo, part: MeasuredPart, num_attained: int) -> Report:
     def share(count: int, offered: int) -> float | None:
         return round(count / offered, 6) if offered else None
 
-    attained = [record for record in records if attains(record, run.slo)]
-    sessions = _sessions_all(records, lambda record: attains(record, run.slo))
-    p99 = sum(attains_p99_itl(record, run.slo) for record in records)
+    sessions = _sessions_all(part.of_sessions, lambda record: attains(record, slo))
+    p99 = sum(attains_p99_itl(record, slo) for record in part.rounds)
     return {
-        "ttft_slo_s": run.slo.ttft_s,
-        "itl_slo_s": run.slo.itl_s,
-        "attainment": share(len(attained), run.rounds_offered),
-        "session_attainment": share(len(sessions), run.sessions_offered),
-        "p99_itl_attainment": share(p99, run.rounds_offered),
-        "ttft_attainment": share(sum(_attains_ttft(record, run.slo) for record in records), run.rounds_offered),
+        "ttft_slo_s": slo.ttft_s,
+        "itl_slo_s": slo.itl_s,
+        "attainment": share(num_attained, part.rounds_offered),
+        "session_attainment": share(len(sessions), part.sessions_offered),
+        "p99_itl_attainment": share(p99, part.rounds_offered),
+        "ttft_attainment": share(sum(_attains_ttft(record, slo) for record in part.rounds), part.rounds_offered),
     }
 
 
@@ -168,7 +183,7 @@ def _measure_throughput(completed: Sequence[RoundRecord]) -> Report:
     sent = [record.sent_s for record in completed if record.sent_s is not None]
     ended = [record.finished_s for record in completed if record.finished_s is not None]
     duration_s = max(ended) - min(sent) if sent and ended else 0.0
-    num_tokens = sum(len(record.token_times_s) for record in completed)
+    num_tokens = sum(record.num_output_tokens for record in completed)
     return {
         "duration_s": round(duration_s, 6),
         "rounds_per_s": round(len(completed) / duration_s, 6) if duration_s > 0 else None,
@@ -176,8 +191,8 @@ def _measure_throughput(completed: Sequence[RoundRecord]) -> Report:
     }
 
 
-def _count_errors(run: RunInfo, records: Sequence[RoundRecord]) -> dict[str, int]:
-    codes = Counter(record.error.code for record in records if record.error is not None)
+def _count_errors(run: RunInfo, records: Sequence[RoundRecord], measured: Sequence[RoundRecord]) -> dict[str, int]:
+    codes = Counter(record.error.code for record in measured if record.error is not None)
     if run.rounds_offered > len(records):
         codes[INTERRUPTED] += run.rounds_offered - len(records)
     return dict(sorted(codes.items()))

@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from rich.console import Console
 from loadgen.plan import Arrivals, Plan, make_plan
 from loadgen.plot import save_plot
 from loadgen.progress import ReplayProgress
-from loadgen.records import RoundRecord, RunInfo, encode_record, find_missing, read_records, read_run
+from loadgen.records import RoundRecord, RunInfo, encode_record, encode_run, find_missing, read_records, read_run
 from loadgen.replay import ReplayOptions, replay
 from loadgen.report import Report, build_report, encode_report
 from loadgen.table import print_report
@@ -82,7 +82,7 @@ async def replay_trace(client: AmpdClient, config: ReplayConfig, plan: Plan, out
     _check_context(plan, opened)
     run = await _describe_run(client, config, plan, opened)
     make_folder(out)
-    (out / RUN).write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2) + b"\n")
+    (out / RUN).write_bytes(encode_run(run))
     console.print(
         f"replaying {len(plan.sessions)} sessions, {plan.num_rounds} rounds, {plan.arrivals} arrivals, "
         f"policy {run.policy}, model {run.model}"
@@ -121,12 +121,26 @@ def render_again(out: Path, console: Console, ttft_slo_s: float | None, itl_slo_
     return report
 
 
-def render(run: RunInfo, records: list[RoundRecord], out: Path, console: Console) -> Report:
-    report = build_report(run, records)
-    (out / REPORT).write_bytes(encode_report(report))
-    save_plot(run, records, report, out / PLOT)
+def render(run: RunInfo, records: Sequence[RoundRecord], out: Path, console: Console) -> Report:
+    report = write_report(run, records, out)
     print_report(report, console)
     console.print(f"report: {out / REPORT}\nrounds: {out / ROUNDS}\nplot:   {out / PLOT}", soft_wrap=True)
+    return report
+
+
+def write_run(run: RunInfo, records: Iterable[RoundRecord], out: Path) -> None:
+    """run.json and rounds.jsonl of a run that has ended: what `loadgen report` reads."""
+    make_folder(out)
+    (out / RUN).write_bytes(encode_run(run))
+    with (out / ROUNDS).open("wb") as file:
+        file.writelines(map(encode_record, records))
+
+
+def write_report(run: RunInfo, records: Sequence[RoundRecord], out: Path, *, with_plot: bool = True) -> Report:
+    report = build_report(run, records)
+    (out / REPORT).write_bytes(encode_report(report))
+    if with_plot:
+        save_plot(run, records, report, out / PLOT)
     return report
 
 

@@ -29,12 +29,16 @@ def _summary(report: Report) -> Table:
         f"({_percent(slo['p99_itl_attainment'])} of rounds by P99 ITL)",
     )
     table.add_row("prefills", f"{prefill['local']} local, {prefill['remote']} remote")
-    table.add_row("KV moved", _format_bytes(kv["bytes_moved"]))
+    table.add_row("KV moved", format_bytes(kv["bytes_moved"]))
     table.add_row(
         "throughput",
         f"{_number(throughput['rounds_per_s'])} rounds/s, {_number(throughput['output_tokens_per_s'])} tokens/s "
         f"over {throughput['duration_s']:.1f} s",
     )
+    if "simulation" in report:
+        simulation = report["simulation"]
+        table.add_row("simulated", f"{simulation['profile']['name']}, {simulation['cluster']}")
+        table.add_row("", f"{simulation['simulated_s']:.0f} s in {simulation['wall_s']:.1f} s")
     return table
 
 
@@ -70,7 +74,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _format_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

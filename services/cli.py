@@ -7,12 +7,15 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from planner.profile_command import add_profile_command
+from planner.simulator.simulate_command import add_simulate_command
 from shared.engine.names import EngineName
 from shared.errors import AmpdError, ErrorCode
+from shared.policy_flags import add_policy_flags
 
 if TYPE_CHECKING:
     from services.cluster_options import ClusterOptions
@@ -31,6 +34,9 @@ RUN_EXAMPLE = """example:
 STATUS_EXAMPLE = """example:
   ampd status --stats
   ampd status --json | python -m json.tool"""
+EXPLAIN_EXAMPLE = """example:
+  ampd explain my-session
+  ampd explain my-session --tenant team-a --json | python -m json.tool"""
 CHAT_EXAMPLE = """example:
   ampd chat --system 'Answer in one sentence.'
   printf 'What is the capital of France?\\nAnd of Spain?\\n' | ampd chat"""
@@ -96,6 +102,22 @@ def command_status(arguments: argparse.Namespace) -> int:
 
     return asyncio.run(
         show_status(arguments.nats_url, as_json=arguments.json, with_stats=arguments.stats, console=Console())
+    )
+
+
+def command_explain(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.explain import show_explanation
+
+    return asyncio.run(
+        show_explanation(
+            arguments.nats_url,
+            tenant=arguments.tenant,
+            session=arguments.session,
+            as_json=arguments.json,
+            console=Console(),
+        )
     )
 
 
@@ -181,6 +203,14 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs: the answer as it is")
     status.add_argument("--stats", action="store_true", help="add what the planner has collected")
 
+    explain = _add_command(
+        commands, "explain", command_explain, "show why a session's rounds ran where they did", EXPLAIN_EXAMPLE
+    )
+    _add_url_flag(explain)
+    explain.add_argument("session", help="the session's id: open, or closed a short while ago")
+    explain.add_argument("--tenant", default="default", help="(default: %(default)s)")
+    explain.add_argument("--json", action="store_true", help="for programs: the answer as it is")
+
     chat = _add_command(commands, "chat", command_chat, "talk to the model, one session, many rounds", CHAT_EXAMPLE)
     _add_url_flag(chat)
     chat.add_argument("--session", help="name a session: it stays open, and is come back to (default: a new one)")
@@ -190,6 +220,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=_number(0.0), default=0.0, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--top-p", type=_number(0.0), default=1.0, help="(default: %(default)s)")
     chat.add_argument("--seed", type=_integer(0), help="makes sampled rounds repeatable")
+
+    add_simulate_command(commands)
+    add_profile_command(commands)
     return parser
 
 
@@ -218,18 +251,14 @@ def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
     add("--both", type=_integer(0), default=0, metavar="N", help="workers for both (default: %(default)s)")
     engine_help = "torch computes; emulated keeps the time of a profile (default: %(default)s)"
     add("--engine", choices=get_args(EngineName), default="torch", help=engine_help)
-    add("--profile", metavar="NAME|FILE", help="timings of the workers: one that ships, or a file")
+    profile_help = "timings of the workers, what the policy predicts with and an emulated engine keeps"
+    add("--profile", metavar="NAME|FILE", help=f"{profile_help}: one that ships, or a file")
     scale_help = "emulated: seconds here per second there, 10 keeps our own overhead small (default: %(default)s)"
     add("--time-scale", type=_number(0.0), default=1.0, metavar="X", help=scale_help)
     add("--parallel-degree", type=_integer(1), default=1, metavar="T", help="emulated: devices of a worker")
     model_help = "smollm2, tiny-random, or the folder of a Hugging Face model (default: %(default)s)"
     add("--model", default="smollm2", help=model_help)
-    policy_help = "how rounds are scheduled: %(choices)s (default: %(default)s)"
-    add("--policy", choices=Names("POLICIES"), default="ampd", metavar="P", help=policy_help)
-    part_help = "switch off a part of the policy, repeatable: %(choices)s"
-    add("--disable", choices=Names("PARTS"), action="append", default=[], metavar="PART", help=part_help)
-    option_help = "a parameter of the policy, repeatable: routing.alpha=0.5, routing.chunk.chunk_tokens=1024"
-    add("--policy-option", action="append", default=[], metavar="PATH=VALUE", help=option_help)
+    add_policy_flags(parser)
     add("--dtype", choices=DTYPES, default="auto", help="of weights and KV; auto: what the CPU multiplies fastest")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=_integer(1), default=1, metavar="N", help="per worker (default: %(default)s)")
@@ -246,22 +275,6 @@ def _add_url_flag(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("AMPD_NATS_URL", DEFAULT_URL),
         help=f"NATS server of the cluster (default: $AMPD_NATS_URL, else {DEFAULT_URL})",
     )
-
-
-class Names(Container[str], Iterable[str]):
-    """Keys of a table of shared.core.policies, looked up when somebody asks: other commands do not wait for them."""
-
-    def __init__(self, table: str) -> None:
-        self._table = table
-
-    def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
-
-    def __iter__(self) -> Iterator[str]:
-        from shared.core import policies
-
-        names: Iterable[str] = getattr(policies, self._table)
-        return iter(names)
 
 
 class PrintVersion(argparse.Action):

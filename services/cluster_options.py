@@ -10,6 +10,8 @@ from shared.errors import AmpdError, ErrorCode
 from shared.policy_flags import build_policy, read_policy_options
 from shared.profile_files import load_profile
 
+EMULATED_SUFFIX = " (emulated)"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
@@ -39,7 +41,7 @@ class ClusterOptions:
     @property
     def served(self) -> str:
         """The model, for people and for the data directory: sessions of another one cannot be resumed."""
-        return self.model if self.engine == "torch" else f"{self.profile} (emulated)"
+        return self.model if self.engine == "torch" else f"{self.profile}{EMULATED_SUFFIX}"
 
 
 def check_options(options: ClusterOptions) -> None:

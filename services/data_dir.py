@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from services.cluster_options import EMULATED_SUFFIX
 from shared.errors import AmpdError, ErrorCode
 
 
@@ -32,7 +33,10 @@ def lock_data_dir(data_dir: Path) -> IO[str]:
 
 
 def check_same_model(data_dir: Path, model: str) -> None:
-    """Sessions are token ids, which mean nothing to another model: refuse it, or note ours in a new folder."""
+    """Sessions are token ids, which mean nothing to another model: refuse it, or note ours in a new folder.
+
+    model: as ClusterOptions.served names it.
+    """
     note = data_dir / "cluster.json"
     if note.exists():
         try:
@@ -44,7 +48,13 @@ def check_same_model(data_dir: Path, model: str) -> None:
         if known != model:
             raise AmpdError(
                 ErrorCode.INVALID_REQUEST,
-                f"{data_dir} holds sessions of the model {known!r}: give --model {known}, or another --data-dir",
+                f"{data_dir} holds sessions of {known!r}: give {_name_flags(known)}, or another --data-dir",
             )
     else:
         note.write_text(json.dumps({"model": model}) + "\n")
+
+
+def _name_flags(served: str) -> str:
+    """What `ampd up` must be told to serve this again."""
+    profile = served.removesuffix(EMULATED_SUFFIX)
+    return f"--model {served}" if profile == served else f"--engine emulated --profile {profile}"

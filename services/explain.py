@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-from collections.abc import Callable
-
 import msgspec
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -16,42 +12,6 @@ from services.connect import connect_to_cluster
 from shared.messages import OptionExplained, RoundExplained, SessionExplained
 
 ANSWER_TIMEOUT_S = 5.0
-EXPLAIN_EXAMPLE = """example:
-  ampd explain my-session
-  ampd explain my-session --tenant team-a --json | python -m json.tool"""
-
-Subparsers = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
-AddCommand = Callable[
-    ["Subparsers[argparse.ArgumentParser]", str, Callable[[argparse.Namespace], int], str, str],
-    argparse.ArgumentParser,
-]
-
-
-def add_explain_command(
-    commands: Subparsers[argparse.ArgumentParser],
-    add_command: AddCommand,
-    add_url_flag: Callable[[argparse.ArgumentParser], None],
-) -> None:
-    """Add the subcommand to `ampd`."""
-    parser = add_command(
-        commands, "explain", command_explain, "show why a session's rounds ran where they did", EXPLAIN_EXAMPLE
-    )
-    add_url_flag(parser)
-    parser.add_argument("session", help="the session's id: open, or closed a short while ago")
-    parser.add_argument("--tenant", default="default", help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="for programs: the answer as it is")
-
-
-def command_explain(arguments: argparse.Namespace) -> int:
-    return asyncio.run(
-        show_explanation(
-            arguments.nats_url,
-            tenant=arguments.tenant,
-            session=arguments.session,
-            as_json=arguments.json,
-            console=Console(),
-        )
-    )
 
 
 async def show_explanation(url: str, *, tenant: str, session: str, as_json: bool, console: Console) -> int:

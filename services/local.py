@@ -20,8 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from services.cluster_options import ClusterOptions as ClusterOptions  # part of this module's interface
-from services.cluster_options import check_options, engine_arguments, policy_arguments
+from services.cluster_options import ClusterOptions, check_options, engine_arguments, policy_arguments
 from services.data_dir import check_same_model, lock_data_dir
 from services.service_process import ServiceProcess, describe_exit
 from shared.child_process import dying_with_this_process

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from services.local import ClusterOptions, LocalCluster
+from services.cluster_options import ClusterOptions
+from services.local import LocalCluster
 from services.service_process import describe_exit
 from shared import subjects
 from shared.child_process import dying_with_this_process
@@ -143,16 +144,19 @@ async def _wait_for_command(command: asyncio.subprocess.Process, cluster: LocalC
 
 def print_ready(cluster: LocalCluster, options: ClusterOptions, console: Console) -> None:
     """How to connect, for a person; the commands stand outside the frame, so that they can be copied whole."""
-    workers = Text(
-        f"{options.num_prefill} prefill and {options.num_decode} decode worker(s)\n"
-        f"model {options.model}, {options.dtype}, {options.device}; policy {options.policy}\n"
-    )
-    workers.append(f"logs in {cluster.log_dir}; Ctrl-C stops", style="dim")
-    console.print(Panel(workers, title=f"AMPD is ready at {cluster.url}", border_style="green", expand=False))
+    lines = (describe_workers(options), describe_engine(options), describe_policy(options))
+    ready = Text("".join(f"{line}\n" for line in lines))
+    ready.append(f"logs in {cluster.log_dir}; Ctrl-C stops", style="dim")
+    console.print(Panel(ready, title=f"AMPD is ready at {cluster.url}", border_style="green", expand=False))
     open_request = """'{"type":"open"}'"""
+    talk = (
+        ("talk to the model", "ampd chat")
+        if options.engine == "torch"
+        else ("play a trace: the tokens are made up, there is no text", "loadgen replay TRACE --out DIR")
+    )
     for comment, line in (
         ("in another terminal", f"export AMPD_NATS_URL={cluster.url}"),
-        ("talk to the model", "ampd chat"),
+        talk,
         ("workers, queues, sessions", "ampd status"),
         (
             "any NATS client will do",
@@ -161,3 +165,26 @@ def print_ready(cluster: LocalCluster, options: ClusterOptions, console: Console
     ):
         console.print(Text(f"# {comment}", style="dim"))
         console.print(Text(line, style="bold"), soft_wrap=True)
+
+
+def describe_workers(options: ClusterOptions) -> str:
+    counts = (
+        (options.num_prefill, "prefill"),
+        (options.num_decode, "decode"),
+        (options.num_both, "prefill-and-decode"),
+    )
+    workers = " + ".join(f"{count} {role}" for count, role in counts if count)
+    degree = f", {options.parallel_degree} devices each" if options.parallel_degree > 1 else ""
+    return f"{workers} worker(s){degree}"
+
+
+def describe_engine(options: ClusterOptions) -> str:
+    if options.engine == "emulated":
+        return f"{options.served}, time scale {options.time_scale:g}"
+    profile = "" if options.profile is None else f"; profile {options.profile}"
+    return f"model {options.served}, {options.dtype}, {options.device}{profile}"
+
+
+def describe_policy(options: ClusterOptions) -> str:
+    without = f" without {', '.join(options.disabled_parts)}" if options.disabled_parts else ""
+    return ", ".join((f"policy {options.policy}{without}", *options.policy_options))

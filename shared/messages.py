@@ -69,7 +69,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prefill: Literal["local", "remote"]
     prefill_worker: str
     decode_worker: str
-    kv_bytes_read: int = 0  # history, decode worker -> prefill worker
+    kv_bytes_read: int = 0  # history, decode worker -> prefill worker, or from the worker that the session comes from
     kv_bytes_written: int = 0  # increment, prefill worker -> decode worker
     queued_s: float = 0.0
     transfer_s: float = 0.0  # time the round waited for KV bytes, not hidden behind compute
@@ -77,6 +77,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float = 0.0
     num_attempts: int = 1
     num_preemptions: int = 0
+    moved_from: str = ""  # worker that the session came from in this round, with its KV
+    num_moved_tokens: int = 0  # whose KV came; 0 of a session that moved: the pull failed, they were computed again
 
     @property
     def kv_bytes_moved(self) -> int:
@@ -308,6 +310,9 @@ class RunRound(Message, frozen=True, kw_only=True, tag="run_round"):
     output and are not streamed again). `prefix_checksum` is zlib.crc32 of the packed tokens before tokens_start: a
     worker that lacks them, or has others, answers NeedTokens. A newer attempt of a round supersedes the older: the
     worker stops and forgets it.
+
+    `source`: the session comes from another worker, which lends its KV of positions [0, num_source_tokens): pull it
+    before the prefill, which is local. What cannot be had is computed.
     """
 
     tenant: str
@@ -329,13 +334,15 @@ class RunRound(Message, frozen=True, kw_only=True, tag="run_round"):
     remote: RemotePrefill | None  # None: prefill locally
     waited_s: float = 0.0  # since the round was accepted
     session_age_s: float = 0.0  # since the session was opened: program-level FCFS orders by it
+    source: KvSource | None = None
+    num_source_tokens: int = 0
 
 
 class RunRoundAck(Message, frozen=True, kw_only=True, tag="run_round_ack"):
     """The decode worker has the round. `history` is set for a remote prefill that has KV to read first."""
 
     state: Literal["started", "running", "finished"]
-    num_cached_tokens: int  # token positions [0, n) whose KV it holds
+    num_cached_tokens: int  # token positions [0, n) whose KV it holds, or is about to fetch
     history: KvSource | None
     output_token_ids: bytes = b""  # what this attempt has produced so far, the forced ones included
 
@@ -347,9 +354,9 @@ class NeedTokens(Message, frozen=True, kw_only=True, tag="need_tokens"):
 
 
 class PrefillTask(Message, frozen=True, kw_only=True, tag="prefill_task"):
-    """To a prefill worker: make KV of positions [num_cached_tokens, num_cached_tokens + len(token_ids)) available to the
-    decode worker, and compute the first output token. Metadata only: the history's KV that the worker lacks is pulled
-    from `history` when the task is about to run.
+    """To a prefill worker: make KV of positions [num_cached_tokens, num_cached_tokens + len(token_ids)) available to
+    the decode worker, and compute the first output token. Metadata only: the history's KV that the worker lacks is
+    pulled from `history` when the task is about to run.
 
     With `resident` of R tokens that it still holds, the worker pulls only [R, num_cached_tokens) and computes only from
     max(R, num_cached_tokens) on. `prefix_checksum` is zlib.crc32 of the packed tokens before num_cached_tokens.
@@ -394,13 +401,18 @@ class DropSession(Message, frozen=True, kw_only=True, tag="drop_session"):
 
 
 class GrantHistory(Message, frozen=True, kw_only=True, tag="grant_history"):
-    """To a session's decode worker while its tool runs: let another worker read the session's KV ahead of the next
-    round. Answered by HistoryGranted, or an ErrorReply (a round runs, nothing is held)."""
+    """To a session's decode worker while none of its rounds runs there: let another worker read the session's KV.
+    Answered by HistoryGranted, or an ErrorReply (a round runs, nothing is held).
+
+    `hold`: the session moves to that worker. What is in host memory is brought back first, and the KV is not evicted
+    while the lease lives. Else it is read ahead of the next round, and running work goes before it.
+    """
 
     tenant: str
     session: str
     incarnation: int
     num_tokens: int  # of the conversation's finished rounds
+    hold: bool = False
 
 
 class HistoryGranted(Message, frozen=True, kw_only=True, tag="history_granted"):
@@ -484,9 +496,14 @@ class KvStaged(Message, frozen=True, kw_only=True, tag="kv_staged"):
     error: ErrorReply | None = None
 
 
-class SessionRef(msgspec.Struct, frozen=True, kw_only=True):
+class KvHeld(msgspec.Struct, frozen=True, kw_only=True):
+    """KV of an idle session that a worker has: positions [0, num_device_tokens), and in host memory those of the next
+    num_host_tokens. Both 0: nothing is left."""
+
     tenant: str
     session: str
+    num_device_tokens: int
+    num_host_tokens: int = 0
 
 
 class QueuedPrefill(msgspec.Struct, frozen=True, kw_only=True):
@@ -530,7 +547,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     profile: str = ""  # name of the timing profile that the worker runs or was measured with; empty: none
     node: str = ""  # workers of one node exchange KV over its fast links
     num_resident_tokens: int = 0  # KV kept for sessions bound elsewhere
-    evicted: tuple[SessionRef, ...] = ()  # sessions whose resident KV went since the heartbeat before
+    kv_held: tuple[KvHeld, ...] = ()  # sessions, bound here or kept, that no longer have what was told of them last
+    num_evictable_blocks: int = 0  # not free, but held by KV kept for sessions bound elsewhere: it goes when need be
     num_host_tokens: int = 0  # KV in host memory
 
 

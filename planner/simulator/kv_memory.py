@@ -53,7 +53,7 @@ class KvMemory:
     def release(self, kv: SimKv, now: float) -> None:
         """One user less; without any the entry is idle."""
         kv.busy -= 1
-        if kv.busy or kv.key not in self.entries:
+        if kv.busy or not self.holds(kv):
             return
         if kv.num_tokens == 0 and kv.num_host_tokens == 0:
             self.forget(kv.key)
@@ -64,6 +64,10 @@ class KvMemory:
             kv.restore_s = self._restore_s(kv)
         if kv.num_tokens:
             self.idle[kv.key] = kv
+
+    def holds(self, kv: SimKv) -> bool:
+        """Whether it is still there: the worker may have died since."""
+        return self.entries.get(kv.key) is kv
 
     def grow(self, kv: SimKv, num_tokens: int) -> None:
         kv.num_tokens += num_tokens

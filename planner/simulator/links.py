@@ -17,7 +17,9 @@ class Links:
         self._bandwidth_scale = bandwidth_scale
         self.num_bytes = 0
 
-    def transfer(self, source: SimWorker, destination: SimWorker, num_tokens: int, now: float, hidden_s: float) -> float:
+    def transfer(
+        self, source: SimWorker, destination: SimWorker, num_tokens: int, now: float, hidden_s: float
+    ) -> float:
         """When KV of `num_tokens` has arrived. It may have been under way for `hidden_s` (layer by layer, while it was
         computed), at most for as long as the links were free."""
         costs = source.costs

@@ -58,9 +58,9 @@ class SimRound:
     finish_tick: int = 0
     entry: int = 0  # of the finish heap: an older one is void
     placed_at: float = 0.0
-    stopped_at: float = 0.0  # when it was preempted last
     started_at: float = -1.0  # its prefill's first step
     first_token_at: float = -1.0
+    last_token_at: float = -1.0  # of those produced before it joined a batch, or left it
     finished_at: float = -1.0
     transfer_s: float = 0.0
     kv_bytes_read: int = 0

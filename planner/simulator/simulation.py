@@ -1,4 +1,4 @@
-"""The event heap, and the coordinator's part: binding, routing, staging, admission, through the functions of shared/core.
+"""The event heap, and the coordinator's part: binding, routing, staging, admission, with the functions of shared/core.
 
 Everything is deterministic: events of one time are handled in the order in which they were planned.
 """
@@ -29,6 +29,7 @@ RETRY_S = 0.02
 MAX_RETRIES = 100
 MIN_STAGED_TOKENS = 64
 KV_OVERCOMMIT = 4.0
+ADMISSION_FACTOR = 1.5
 
 Handler = Callable[[Any, float], None]
 
@@ -81,7 +82,7 @@ class Simulation:
         slo: Slo,
         *,
         failures: Sequence[Failure] = (),
-        admission_factor: float = 3.0,
+        admission_factor: float = ADMISSION_FACTOR,
         gap_factor: float = 1.0,
         until_s: float | None = None,
         max_missed: int | None = None,
@@ -163,6 +164,7 @@ class Simulation:
             prefill = dedicated
         self._prefill_loads = prefill
         self._others: dict[int, list[WorkerLoad]] = {}
+        self._movable: dict[int, list[WorkerLoad]] = {}
 
     def _prefill_loads_for(self, worker: SimWorker) -> list[WorkerLoad]:
         if not worker.load.takes_prefill:
@@ -177,7 +179,7 @@ class Simulation:
 
     def _open(self, session: SimSession, now: float) -> None:
         if self._bind(session, session.planned.rounds[0].input_tokens, now) is None:
-            self._give_up(session, 0, "no worker")
+            self._give_up(session, 0, "no_worker", now)
             return
         self._send(session, 0, now)
 
@@ -236,13 +238,17 @@ class Simulation:
         )
 
     def _movable_from(self, worker: SimWorker) -> list[WorkerLoad]:
-        return [load for load in self._decode_loads if load is not worker.load]
+        others = self._movable.get(worker.index)
+        if others is None:
+            others = self._movable[worker.index] = [load for load in self._decode_loads if load is not worker.load]
+        return others
 
     def _move(self, round_: SimRound, target: SimWorker) -> None:
         """The session is bound to `target` from now on; its KV is held where it is until it has been fetched."""
         session, source = round_.session, round_.decode
         num_promised = session.num_promised
         self._promise(session, 0)
+        source.load.end_round(session.key)
         source.load.num_sessions -= 1
         target.load.num_sessions += 1
         if session in source.memory.entries:
@@ -257,8 +263,9 @@ class Simulation:
         decision = self.policy.route(view, self.policy.routing)
         chosen = decision.chosen
         if self.policy.admission and round_.index == 0 and round_.attempt == 1:
-            wait_s = min(option.queue_s for option in decision.options)
-            if wait_s > self._admission_factor * self.slo.ttft_s:
+            best = min(decision.options, key=lambda option: option.total_s)
+            alone_s = best.prefill_s + best.transfer_s
+            if best.total_s > self._admission_factor * self.slo.ttft_s >= alone_s:
                 self.counters.rejected += 1
                 self._fail_round(round_, "overloaded", now)
                 return
@@ -273,19 +280,23 @@ class Simulation:
         target.load.begin_prefill(round_.session.key, chosen.num_new_tokens, chosen.work_s, view.deadline, now)
         if decision.placement == "local":
             self.counters.local += 1
-            self.at(now + LOCAL_CONTROL_S, self._start_local, round_)
+            self.at(now + LOCAL_CONTROL_S, self._start_local, (round_, round_.attempt))
         else:
             self.counters.remote += 1
-            self.at(now + LOCAL_CONTROL_S + REMOTE_CONTROL_S, self._start_remote, (round_, target))
+            self.at(now + LOCAL_CONTROL_S + REMOTE_CONTROL_S, self._start_remote, (round_, round_.attempt, target))
 
-    def _start_local(self, round_: SimRound, now: float) -> None:
-        if round_.error or not round_.decode.alive:
+    def _start_local(self, argument: tuple[SimRound, int], now: float) -> None:
+        round_, attempt = argument
+        if attempt != round_.attempt or round_.error:
             return
         round_.decode.add_local(round_, now)
 
-    def _start_remote(self, argument: tuple[SimRound, SimWorker], now: float) -> None:
-        round_, target = argument
-        if not round_.decode.alive or not target.alive:
+    def _start_remote(self, argument: tuple[SimRound, int, SimWorker], now: float) -> None:
+        round_, attempt, target = argument
+        if attempt != round_.attempt or round_.error:
+            return
+        if not target.alive:
+            self.restart(round_, target, now)
             return
         round_.decode.expect_remote(round_)
         target.add_remote(round_, now)
@@ -306,14 +317,11 @@ class Simulation:
     def hand_over(self, round_: SimRound, source: SimWorker, kv: SimKv, now: float, retries: int = 0) -> None:
         """A remote prefill is done: its KV goes to the decode worker, most of it while it was computed."""
         decode = round_.decode
-        if not decode.alive or round_.finished_at >= 0.0:
-            source.release_remote(kv, now)
-            return
         held = decode.memory.entries[round_.session]
         num_moved = round_.num_prompt + max(0, round_.num_produced - 1) - held.num_tokens
         if not decode.take_kv(round_, now):
             if retries < MAX_RETRIES:
-                self.at(now + RETRY_S, self._retry_hand_over, (round_, source, kv, retries + 1))
+                self.at(now + RETRY_S, self._retry_hand_over, (round_, round_.attempt, source, kv, retries + 1))
                 return
             source.release_remote(kv, now)
             self.prefill_refused(round_, source, now)
@@ -322,21 +330,35 @@ class Simulation:
         round_.kv_bytes_written += num_bytes
         done_at = self.links.transfer(source, decode, num_moved, now, now - round_.started_at)
         round_.transfer_s += done_at - now
-        self.at(done_at, self._handed_over, (round_, source, kv))
+        self.at(done_at, self._handed_over, (round_, round_.attempt, source, kv))
 
-    def _retry_hand_over(self, argument: tuple[SimRound, SimWorker, SimKv, int], now: float) -> None:
-        self.hand_over(argument[0], argument[1], argument[2], now, argument[3])
-
-    def _handed_over(self, argument: tuple[SimRound, SimWorker, SimKv], now: float) -> None:
-        round_, source, kv = argument
-        if source.alive:
+    def _retry_hand_over(self, argument: tuple[SimRound, int, SimWorker, SimKv, int], now: float) -> None:
+        round_, attempt, source, kv, retries = argument
+        if self._goes_on(round_, attempt, source, kv, now):
+            self.hand_over(round_, source, kv, now, retries)
+        else:
             source.release_remote(kv, now)
-        if not round_.decode.alive or round_.finished_at >= 0.0:
+
+    def _goes_on(self, round_: SimRound, attempt: int, source: SimWorker, kv: SimKv, now: float) -> bool:
+        """Whether the KV that `source` sends is still there and still wanted; if it is gone, the round starts again."""
+        if attempt != round_.attempt or round_.error:
+            return False
+        if not source.memory.holds(kv):
+            self.restart(round_, source, now)
+            return False
+        return True
+
+    def _handed_over(self, argument: tuple[SimRound, int, SimWorker, SimKv], now: float) -> None:
+        round_, attempt, source, kv = argument
+        goes_on = self._goes_on(round_, attempt, source, kv, now)
+        source.release_remote(kv, now)
+        if not goes_on:
             return
         if round_.first_token_at < 0.0:
             round_.first_token_at = now
         else:
-            round_.gaps.append((1, now - round_.stopped_at))
+            round_.gaps.append((1, now - round_.last_token_at))
+        round_.last_token_at = now
         round_.num_produced += 1
         self._began_decoding(round_)
         if round_.num_produced >= round_.planned.output_tokens:
@@ -380,7 +402,7 @@ class Simulation:
             self.counters.rebinds += 1
             session.num_promised = 0
             if self._bind(session, needed, now) is None:
-                self._give_up(session, index, "no worker")
+                self._give_up(session, index, "no_worker", now)
                 return
         self._send(session, index, now)
 
@@ -390,8 +412,6 @@ class Simulation:
             self._promise(session, 0)
             session.decode.load.num_sessions -= 1
             session.decode.memory.forget(session)
-        if session.running is not None and session.running.moved_from is not None:
-            session.running.moved_from.memory.forget(session)
         for worker_id in list(session.resident):
             kv = self._by_id[worker_id].memory.entries.get(session)
             if kv is not None and not kv.busy:
@@ -406,8 +426,10 @@ class Simulation:
         self._num_missed += len(round_.session.planned.rounds) - round_.index
         self._close(round_.session)
 
-    def _give_up(self, session: SimSession, index: int, error: str) -> None:
-        self._close(session)
+    def _give_up(self, session: SimSession, index: int, error: str, now: float) -> None:
+        """A round that no worker can take."""
+        planned = session.planned.rounds[index]
+        self._fail_round(SimRound(session, index, planned, now, now, self.workers[0]), error, now)
 
     # -------------------------------------------------------------------------------- staging
 
@@ -440,7 +462,7 @@ class Simulation:
         session, holder, kv, decode, source = argument
         holder.memory.release(kv, now)
         decode.memory.release(source, now)
-        if session in holder.memory.entries:
+        if holder.memory.holds(kv):
             session.resident[holder.load.worker_id] = kv.num_tokens
 
     # -------------------------------------------------------------------------------- failure
@@ -448,8 +470,10 @@ class Simulation:
     def _fail(self, failure: Failure, now: float) -> None:
         """A worker dies: its rounds start again elsewhere, with what the client has seen as forced prefix."""
         worker = self.workers[failure.index]
+        if not worker.alive:
+            return
         self.counters.failures += 1
-        rounds = worker.fail()
+        rounds = worker.fail(now)
         load = worker.load
         for key in list(load.prefills):
             load.end_prefill(key, now)
@@ -462,19 +486,27 @@ class Simulation:
         for round_ in sorted({*rounds, *running}, key=lambda one: (one.sent_at, one.session.index)):
             if round_.finished_at >= 0.0 or round_.error:
                 continue
-            self._restart(round_, worker, now)
+            self.restart(round_, worker, now)
         for session in self._sessions:
             session.resident.pop(load.worker_id, None)
             if session.decode is worker:
                 session.decode = None
-        load.num_promised_tokens = 0
+        load.num_promised_tokens = load.num_sessions = 0
         if failure.down_s is not None:
             self.at(now + failure.down_s, self._recover, worker)
 
-    def _restart(self, round_: SimRound, dead: SimWorker, now: float) -> None:
+    def restart(self, round_: SimRound, dead: SimWorker, now: float) -> None:
+        """`dead` has lost what it had of the round: it is placed again."""
         session = round_.session
         round_.attempt += 1
-        round_.stopped_at = now
+        if round_.decision is not None:
+            target = self._by_id[round_.decision.worker_id]
+            target.load.end_prefill(session.key, now)
+            if target is not round_.decode:
+                target.drop(round_, now)
+        if round_.moved_from is not None:
+            round_.moved_from.memory.forget(session)
+            round_.moved_from = None
         if round_.decode is dead:
             session.num_promised = 0
             self.counters.rebinds += 1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from planner.simulator.kv_memory import KvMemory, SimKv
 from planner.simulator.rounds import SimRound
-from shared.core.chunking import budget_prefill_tokens, split_budget
+from shared.core.chunking import budget_prefill_tokens, fit_chunks
 from shared.core.load import WorkerLoad
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import PrefillOrder, WaitingPrefill
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 MAX_SEGMENT_STEPS = 256
 MAX_CHUNK_STEPS = 8  # attention grows with the history: the mean of so few chunks is exact enough
 MAX_STAGED = 8  # remote prefills whose history is on its way or here; the others wait as metadata
-WINDOW_S = 10.0
 DECODE_MARGIN_TOKENS = 32  # room kept for each sequence of the batch to grow
 RESUME_S = 0.2
 WAIT_S = 0.05
@@ -48,10 +47,16 @@ class SimPrefill:
     is_fetching: bool = False  # its history is on its way
 
 
-class RollingMean:
-    """Mean of the samples of the last WINDOW_S seconds."""
+def _is_elsewhere(prefill: SimPrefill) -> bool:
+    """Whether some of its history is to be fetched."""
+    return prefill.kv.num_host_tokens > 0 or prefill.round.moved_from is not None
 
-    def __init__(self) -> None:
+
+class RollingMean:
+    """Mean of the samples of the last `window_s` seconds."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
         self._samples: deque[tuple[float, float, int]] = deque()
         self._total = 0.0
         self._count = 0
@@ -63,7 +68,7 @@ class RollingMean:
 
     def mean(self, now: float) -> tuple[float, int]:
         samples = self._samples
-        while samples and samples[0][0] <= now - WINDOW_S:
+        while samples and samples[0][0] <= now - self._window_s:
             _, total, count = samples.popleft()
             self._total -= total
             self._count -= count
@@ -101,8 +106,9 @@ class SimWorker:
         self.unstaged: list[SimPrefill] = []  # remote ones whose history is not asked for yet
         self.num_staged = 0
         self.joining: list[SimRound] = []
-        self.ttft = RollingMean()
-        self.itl = RollingMean()
+        self._forced: SimPrefill | None = None  # has been given the room of all others: keeps it
+        self.ttft = RollingMean(policy.window_s)
+        self.itl = RollingMean(policy.window_s)
         self.num_preemptions = 0
         self.busy_s = 0.0
         self._itl_slo_s = itl_slo_s
@@ -115,6 +121,7 @@ class SimWorker:
         self._log_ticks: list[int] = [0]  # the segment that ends at this tick ...
         self._log_steps_s: list[float] = [0.0]  # ... had steps of this duration
         self._paused_s = 0.0  # time since the last decode step that prefills alone have taken
+        self._decoded_at = 0.0  # end of the last decode step
         # the running segment
         self._segment = 0  # its number: events of older ones are void
         self._is_running = False
@@ -152,27 +159,34 @@ class SimWorker:
         self.stage_next(now)
 
     def _make_prefill(self, round_: SimRound, kv: SimKv, *, is_local: bool, now: float) -> SimPrefill:
-        waiting = WaitingPrefill(
-            round_.key, round_.placed_at, round_.session.arrival, round_.deadline, round_.work_s
-        )
+        waiting = WaitingPrefill(round_.key, round_.placed_at, round_.session.arrival, round_.deadline, round_.work_s)
         return SimPrefill(round_, waiting, kv, round_.num_prompt + round_.num_produced, now, is_local)
 
     def _enqueue(self, prefill: SimPrefill, now: float) -> None:
         self.queue.append(prefill)
         self._look_again(now)
 
-    def _fetch(self, prefill: SimPrefill, now: float) -> None:
-        """Bring the history that is elsewhere: on the worker that the session comes from, or in host memory."""
+    def _fetch(self, prefill: SimPrefill, now: float) -> bool:
+        """Bring the history that is elsewhere: on the worker that the session comes from, or in host memory.
+
+        Whether it is on its way now.
+        """
         if prefill.round.moved_from is not None:
             self._fetch_moved(prefill, prefill.round.moved_from, now)
         else:
             self._restore(prefill, now)
+        return prefill.is_fetching
 
     def _fetch_moved(self, prefill: SimPrefill, source: SimWorker, now: float) -> None:
         theirs = source.memory.entries.get(prefill.round.session)
-        num_tokens = min(theirs.num_tokens + theirs.num_host_tokens, prefill.stop - 1) if theirs is not None else 0
-        if theirs is None or num_tokens == 0 or not source.alive:
+        if theirs is None:
             prefill.round.moved_from = None
+            return
+        held = prefill.kv.num_tokens + prefill.kv.num_host_tokens  # kept here of earlier rounds
+        num_tokens = min(theirs.num_tokens + theirs.num_host_tokens, prefill.stop - 1) - held
+        if num_tokens <= 0:
+            prefill.round.moved_from = None
+            source.let_go(theirs, now)
             return
         if not self.memory.make_room(num_tokens, now):
             return  # tried again when a step is planned
@@ -182,17 +196,22 @@ class SimWorker:
         prefill.round.kv_bytes_read += num_tokens * self.costs.kv_bytes_per_token
         begin = source.memory.use_host_link(theirs.num_host_tokens, now) if theirs.num_host_tokens else now
         done_at = self.simulation.links.transfer(source, self, num_tokens, begin, begin - now)
-        self.simulation.at(done_at, self._moved, (prefill, source))
+        self.simulation.at(done_at, self._moved, (prefill, source, theirs))
 
-    def _moved(self, argument: tuple[SimPrefill, SimWorker], now: float) -> None:
-        prefill, source = argument
-        session = prefill.round.session
-        theirs = source.memory.entries.get(session)
-        if theirs is not None and session.decode is not source:
-            source.memory.release(theirs, now)
-            source.memory.forget(session)
-            source._look_again(now)
+    def _moved(self, argument: tuple[SimPrefill, SimWorker, SimKv], now: float) -> None:
+        prefill, source, theirs = argument
+        is_whole = source.memory.holds(theirs)
+        source.let_go(theirs, now)
+        if not is_whole and self.memory.holds(prefill.kv):  # the source died: all is computed again
+            self.memory.shrink(prefill.kv, 0)
         self._restored(prefill, now)
+
+    def let_go(self, kv: SimKv, now: float) -> None:
+        """A session that has moved away needs its KV here no longer."""
+        self.memory.release(kv, now)
+        if self.memory.holds(kv) and not kv.busy and kv.key.decode is not self:
+            self.memory.forget(kv.key)
+        self._look_again(now)
 
     def _restore(self, prefill: SimPrefill, now: float) -> None:
         kv = prefill.kv
@@ -224,6 +243,8 @@ class SimWorker:
                     del self.unstaged[index]
                     self._abandon(prefill, now)
                     continue
+                if not self._is_running:
+                    self._wait_for_room(now)
                 return
             self._order.note_started([one.waiting for one in self.unstaged], index)
             del self.unstaged[index]
@@ -244,7 +265,7 @@ class SimWorker:
         return kv.num_tokens if kv is not None else 0
 
     def _pulled(self, prefill: SimPrefill, now: float) -> None:
-        if not self.alive or prefill.kv.busy == 0:
+        if prefill not in self.admitted:  # the worker died, or the round started again elsewhere
             return
         self.queue.append(prefill)
         self._look_again(now)
@@ -358,7 +379,26 @@ class SimWorker:
 
     def _wake(self, _: None, now: float) -> None:
         self._is_waiting = False
+        self.stage_next(now)
         self._look_again(now)
+        if self._is_waiting and not self._is_running:
+            self._yield_room(now)
+
+    def _yield_room(self, now: float) -> None:
+        """Nothing runs, and nothing has for a while: workers may wait for each other's room. The youngest round that is
+        prefilled here for another worker goes there; failing that, KV of sessions that have moved away is given up."""
+        on_its_way = any(one.is_fetching for one in self.queue) or any(one not in self.queue for one in self.admitted)
+        if not self.alive or on_its_way:
+            return
+        remote = [one.round for one in (*self.unstaged, *self.queue) if not one.is_local]
+        if remote:
+            youngest = max(remote, key=lambda one: (one.sent_at, one.session.index))
+            self.drop(youngest, now)
+            self.simulation.prefill_refused(youngest, self, now)
+            return
+        for session in list(self.memory.entries):
+            if session.running is not None and session.running.moved_from is self:
+                self.memory.forget(session)
 
     def _fill_budget(self, ready: list[SimPrefill], now: float) -> tuple[list[tuple[SimPrefill, int]], int]:
         if not ready:
@@ -366,7 +406,15 @@ class SimWorker:
         budget = self._choose_budget(ready[0].kv.num_tokens)
         self._order.note_turn(ready[0].waiting, now)
         ready = ready[: max(1, self._max_batch - self.batch)]
-        sizes = split_budget([prefill.stop - prefill.kv.num_tokens for prefill in ready], budget)
+        sizes = fit_chunks(
+            self.policy.chunk,
+            self.costs,
+            [(prefill.kv.num_tokens, prefill.stop - prefill.kv.num_tokens) for prefill in ready],
+            budget,
+            batch=0 if self._pauses else self.batch,
+            mean_context=self.num_context_tokens / self.batch if self.batch else 0.0,
+            itl_slo_s=self._itl_slo_s,
+        )
         chunks: list[tuple[SimPrefill, int]] = []
         num_tokens = self.batch
         for prefill, size in zip(ready, sizes, strict=False):
@@ -399,11 +447,12 @@ class SimWorker:
                 self._begin_prefill(prefill)
                 self._order.note_started(waiting, index)
                 reserved += missing
-            if prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
-                self._fetch(prefill, now)
-                if prefill.is_fetching:
+            if _is_elsewhere(prefill):
+                if self._fetch(prefill, now):
                     reserved = self._count_reserved()
                     continue
+                if _is_elsewhere(prefill):
+                    continue  # no room for it now
             ready.append(prefill)
         return ready
 
@@ -413,6 +462,8 @@ class SimWorker:
             if self.memory.make_room(reserved + missing, now):
                 break
             other = self.queue[index]
+            if other is self._forced:
+                continue
             if other in self.admitted and other.is_local and not other.is_fetching:
                 del self.admitted[other]
                 self.memory.swap_out(other.kv, now)
@@ -449,17 +500,22 @@ class SimWorker:
         )
 
     def _force_oldest(self, now: float) -> list[SimPrefill]:
-        """Nothing fits and nothing decodes: the oldest prefill gets the room of the younger ones, so that one goes on."""
+        """Nothing fits and nothing decodes: the oldest prefill gets the room of the younger ones, so that one goes on.
+
+        What is on its way holds its room until it is here; then the oldest may take it. Two that fetched in turns, each
+        in the other's room, would never compute anything.
+        """
+        if any(one.is_fetching for one in self.queue):
+            return []
         for prefill in sorted(self.queue, key=lambda one: one.round.sent_at):
-            if prefill.is_fetching:
-                continue
             missing = prefill.stop - prefill.kv.num_tokens
             if self.memory.make_room(missing, now) or self._preempt_for(prefill, missing, now):
                 if prefill not in self.admitted:
                     self._begin_prefill(prefill)
-                if prefill.kv.num_host_tokens or prefill.round.moved_from is not None:
+                self._forced = prefill
+                if _is_elsewhere(prefill):
                     self._fetch(prefill, now)
-                return [] if prefill.is_fetching else [prefill]
+                return [] if prefill.is_fetching or _is_elsewhere(prefill) else [prefill]
         return []
 
     def _end_segment(self, segment: int, now: float) -> None:
@@ -470,7 +526,7 @@ class SimWorker:
         self.busy_s += now - self._started_at
         if self._decodes:
             self._advance_decodes(num_steps, now)
-        else:
+        elif self.batch:
             self._paused_s += now - self._started_at
         self._chunks = []
         for prefill, _ in chunks:
@@ -485,6 +541,7 @@ class SimWorker:
 
     def _advance_decodes(self, num_steps: int, now: float) -> None:
         self.tick += num_steps
+        self._decoded_at = now
         self.num_context_tokens += self.batch * num_steps
         if self._paused_s > 0.0:
             self._log(self.tick - num_steps + 1, self._step_s + self._paused_s, 1, now)
@@ -528,7 +585,8 @@ class SimWorker:
             if round_.first_token_at < 0.0:
                 round_.first_token_at = now
             else:
-                round_.gaps.append((1, now - round_.stopped_at))
+                round_.gaps.append((1, now - round_.last_token_at))
+            round_.last_token_at = now
             round_.num_produced += 1
             if round_.num_produced >= round_.planned.output_tokens:
                 self._end_round(round_, now)
@@ -544,7 +602,7 @@ class SimWorker:
 
     def release_remote(self, kv: SimKv, now: float) -> None:
         """The decode worker has the KV of a remote prefill: keep it as resident, or forget it."""
-        if not self.policy.keeps_resident:
+        if not self.policy.keeps_resident and kv.busy == 1:
             self.memory.shrink(kv, 0)
         self.memory.release(kv, now)
         self.stage_next(now)
@@ -570,9 +628,10 @@ class SimWorker:
         round_.entry = self._num_entries
         round_.joined_tick = self.tick
         round_.finish_tick = self.tick + round_.planned.output_tokens - round_.num_produced
-        late_s = now - round_.first_token_at
-        if late_s > 0.0 and round_.num_produced == 1:
-            round_.gaps.append((0, late_s))  # joins the first gap, see _collect_gaps
+        if self.batch == 0:
+            self._paused_s = 0.0
+        # its first gap is longer than the batch's by the wait for a step's end, and without pauses before its token
+        round_.gaps.append((0, now - round_.last_token_at - self._paused_s))
         heapq.heappush(self._finish, (round_.finish_tick, round_.entry, round_))
         self.batch += 1
         self.num_context_tokens += round_.num_prompt + round_.num_produced
@@ -581,6 +640,8 @@ class SimWorker:
         """Take a round out of the batch and account for the tokens it has produced there."""
         num_done = self.tick - round_.joined_tick
         self._collect_gaps(round_, num_done)
+        if num_done:
+            round_.last_token_at = self._decoded_at
         self.num_context_tokens -= round_.num_prompt + round_.num_produced + num_done
         round_.num_produced += num_done
         kv = self._decoding[round_]
@@ -589,9 +650,7 @@ class SimWorker:
         self.batch -= 1
 
     def _collect_gaps(self, round_: SimRound, num_done: int) -> None:
-        extra_s = 0.0
-        if round_.gaps and round_.gaps[-1][0] == 0:
-            extra_s = round_.gaps.pop()[1]
+        _, extra_s = round_.gaps.pop()  # see _begin_decoding
         if num_done == 0:
             return
         tick, end = round_.joined_tick, round_.joined_tick + num_done
@@ -600,7 +659,7 @@ class SimWorker:
         while tick < end:
             until = min(ticks[index], end)
             count, step_s = until - tick, steps_s[index]
-            if extra_s > 0.0:
+            if extra_s:
                 round_.gaps.append((1, step_s + extra_s))
                 extra_s, count = 0.0, count - 1
             if count:
@@ -619,13 +678,20 @@ class SimWorker:
     # ------------------------------------------------------------------------------ preemption
 
     def _preempt_for(self, prefill: SimPrefill, num_tokens: int, now: float) -> bool:
-        """Room for a prefill at the cost of rounds that came after it, the youngest first."""
+        """Room for a prefill at the cost of rounds that came after it, the youngest first; of none if all of them
+        together have too little."""
+        if self.memory.make_room(num_tokens, now):
+            return True
+        younger = [r for r in self._decoding if r.sent_at > prefill.round.sent_at and self._is_preemptible(r)]
+        if self.memory.num_free + sum(self._count_held(r) for r in younger) < num_tokens:
+            return False
+        younger.sort(key=lambda r: (r.sent_at, r.session.index))
         while not self.memory.make_room(num_tokens, now):
-            younger = [r for r in self._decoding if self._is_preemptible(r) and r.sent_at > prefill.round.sent_at]
-            if not younger:
-                return False
-            self._preempt(max(younger, key=lambda r: (r.sent_at, r.session.index)), now)
+            self._preempt(younger.pop(), now)
         return True
+
+    def _count_held(self, round_: SimRound) -> int:
+        return self._decoding[round_].num_tokens + (self.tick - round_.joined_tick if round_.entry else 0)
 
     def _is_preemptible(self, round_: SimRound) -> bool:
         if round_.entry:
@@ -642,12 +708,12 @@ class SimWorker:
         if round_.entry:
             self._stop_decoding(round_)
             round_.attempt += 1
-            round_.placed_at = round_.stopped_at = now
+            round_.placed_at = now
             self.memory.swap_out(kv, now)
             prefill = self._make_prefill(round_, kv, is_local=True, now=now)
             history = kv.num_tokens + kv.num_host_tokens
             prefill.waiting.work_s = self.load.work_s(history, prefill.stop - history)
-            prefill.waiting.ttft_deadline = now + 2.0 * prefill.waiting.work_s + RESUME_S  # its client waits for a token
+            prefill.waiting.ttft_deadline = now + 2.0 * prefill.waiting.work_s + RESUME_S
             self.queue.append(prefill)
             return
         self.memory.swap_out(kv, now)
@@ -658,13 +724,34 @@ class SimWorker:
 
     # --------------------------------------------------------------------------------- failure
 
-    def fail(self) -> list[SimRound]:
+    def drop(self, round_: SimRound, now: float) -> None:
+        """The round starts again elsewhere: its remote prefill here goes, wherever it has got to."""
+        for prefill in {*self.unstaged, *self.queue, *self.admitted}:
+            if prefill.round is not round_:
+                continue
+            if prefill in self.unstaged:
+                self.unstaged.remove(prefill)
+            else:
+                del self.admitted[prefill]
+                self.num_staged -= 1
+            if prefill in self.queue:
+                self.queue.remove(prefill)
+            self.memory.grow(prefill.kv, -self._num_steps * sum(n for one, n in self._chunks if one is prefill))
+            self._chunks = [(one, chunk) for one, chunk in self._chunks if one is not prefill]
+            self.memory.release(prefill.kv, now)
+
+    def fail(self, now: float) -> list[SimRound]:
         """The worker dies; returns the rounds that it decoded, computed or waited for."""
+        if self._is_running:
+            num_done = min(int((now - self._started_at) / self._step_s), self._num_steps - 1)
+            self._give_back(self._num_steps - num_done)
+            if self._decodes and num_done:
+                self._advance_decodes(num_done, self._started_at + num_done * self._step_s)
         self.alive = False
         self._segment += 1
         self._is_running = False
         rounds = dict.fromkeys(self._decoding)
-        rounds.update(dict.fromkeys(one.round for one in (*self.queue, *self.unstaged)))
+        rounds.update(dict.fromkeys(one.round for one in (*self.queue, *self.unstaged, *self.admitted)))
         for round_ in self._decoding:
             if round_.entry:
                 self._stop_decoding(round_)
@@ -677,4 +764,6 @@ class SimWorker:
         self.joining.clear()
         self._finish.clear()
         self.batch = self.num_context_tokens = self.num_staged = 0
+        self._paused_s = 0.0
+        self._forced = None
         return list(rounds)

@@ -19,8 +19,9 @@ STAGING_TTL_S = 60.0
 def sign_tickets(secret: bytes, worker_id: str, command: WorkerCommand, kv_bytes_per_token: int) -> WorkerCommand:
     """`command`, about to be sent to `worker_id`, with a fresh ticket for every pull it asks for.
 
-    run_round: the decode worker may pull the increment from the prefill worker. prefill_task: the prefill worker may
-    pull the history from the decode worker. At most the whole conversation's bytes, until the round's deadline.
+    run_round: the decode worker may pull the increment from the prefill worker, or the history from the worker that the
+    session comes from. prefill_task: the prefill worker may pull the history from the decode worker. At most the whole
+    conversation's bytes, until the round's deadline.
     stage_kv: the prefill worker may pull finished rounds from the decode worker, for a minute.
     """
     match command:
@@ -35,6 +36,16 @@ def sign_tickets(secret: bytes, worker_id: str, command: WorkerCommand, kv_bytes
                 max_bytes=num_tokens * kv_bytes_per_token,
             )
             return msgspec.structs.replace(command, remote=msgspec.structs.replace(remote, ticket=ticket))
+        case RunRound(source=source) if source is not None:
+            ticket = _mint(
+                secret,
+                resident_key(SessionKey(command.tenant, command.session)),
+                ttl_s=command.deadline_s,
+                source=(source.worker_id, source.incarnation),
+                destination=(worker_id, command.incarnation),
+                max_bytes=command.num_source_tokens * kv_bytes_per_token,
+            )
+            return msgspec.structs.replace(command, source=msgspec.structs.replace(source, ticket=ticket))
         case PrefillTask(history=history) if history is not None:
             ticket = _mint(
                 secret,

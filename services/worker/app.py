@@ -64,6 +64,8 @@ def build_parser(role: Role) -> argparse.ArgumentParser:
     add("--lease-ttl", type=float, default=15.0, help="seconds a KV lease lives without renewal")
     add("--kv-listen", action="append", help="tcp://HOST:PORT or unix:///PATH, repeatable; default: both, local")
     add("--kv-advertise-host", default="", help="host name other workers reach the TCP socket by")
+    own_node = "default: the host's name; an emulated worker is a node of its own, since that is what its link is"
+    add("--node", default="", help=f"workers of one node exchange KV over its fast links; {own_node}")
     add("--drain-timeout", type=float, default=10.0, help="seconds running rounds get to finish on SIGTERM")
     return parser
 
@@ -120,6 +122,7 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
             host_read_s=engine.host_read_s,
             parallel_degree=engine.parallel_degree,
             profile=engine.profile,
+            node=choose_node(args),
             limits=WorkerLimits(lease_ttl_s=args.lease_ttl),
         )
         try:
@@ -130,6 +133,11 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
             server.close()
             await bus.close()
             engine.report_end()
+
+
+def choose_node(args: argparse.Namespace) -> str:
+    node: str = args.node
+    return node or ("" if args.engine == "emulated" else socket.gethostname())
 
 
 def _cluster_secret() -> bytes:

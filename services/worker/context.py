@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.worker.kv_changes import KvChanges
 from services.worker.outbox import Outbox
 from services.worker.streams import StreamPublisher
 from shared import subjects
@@ -66,6 +67,10 @@ class WorkerContext:
     kv_bytes_per_s: float = 0.0
     draining: bool = False
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    kv_changes: KvChanges = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kv_changes = KvChanges(self.engine)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """A task that is kept and cancelled with the worker; one that fails ends the process (see WorkerRuntime)."""

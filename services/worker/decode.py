@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from functools import partial
+from array import array
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import structlog
 
 from services.worker.context import WorkerContext
+from services.worker.held_session import HeldSession, lend_kv
+from services.worker.kv_changes import NOT_TOLD
 from services.worker.kv_leases import describe_source, grant_history
+from services.worker.moves import fetch_history, renew_source
 from services.worker.round_tokens import adopt_tokens, assemble_tokens, check_fits
 from services.worker.runs import Run
 from shared import subjects
 from shared.core.reordering import WaitingPrefill
-from shared.core.resident_key import resident_key
 from shared.core.sequences import Sequence, SequenceState, SessionKv
 from shared.core.types import RoundKey, SessionKey
 from shared.errors import AmpdError, ErrorCode, KvTransferError
@@ -25,7 +27,6 @@ from shared.messages import (
     DropSession,
     FinishReason,
     GrantHistory,
-    HistoryGranted,
     KvOffer,
     Message,
     NeedTokens,
@@ -40,18 +41,14 @@ from shared.transport.receiver import PullRequest
 log = structlog.get_logger(__name__)
 
 
-@dataclass(eq=False)
-class HeldSession:
-    """A session bound here. The lock keeps commands about one session in order."""
-
-    kv: SessionKv
-    run: Run | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+HandBack = Callable[[SessionKv, "array[int]"], Awaitable[SessionKv]]
 
 
 class DecodeRole:
-    def __init__(self, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext, hand_back: HandBack) -> None:
+        """hand_back: gives a session that begins to decode here what the prefill role has kept of it."""
         self._context = context
+        self._hand_back = hand_back
         self._engine = context.engine
         self._sessions: dict[SessionKey, HeldSession] = {}
 
@@ -66,29 +63,38 @@ class DecodeRole:
     # --------------------------------------------------------------------------------- commands
 
     async def run_round(self, message: RunRound) -> Message:
-        context, received_at = self._context, self._context.clock()
+        received_at = self._context.clock()
         self._check_incarnation(message)
-        held = self._hold(SessionKey(message.tenant, message.session))
-        async with held.lock:
-            if held.run is not None:
-                newest = (held.run.message.round, held.run.message.attempt)
-                if (message.round, message.attempt) == newest:
-                    if held.run.ended is not None:  # asked about: whoever asks has not heard the end
-                        context.outbox.send(held.run.ended)
-                    return self._acknowledge(held.run, "running" if held.run.ended is None else "finished")
-                if (message.round, message.attempt) < newest:
-                    raise AmpdError(ErrorCode.STALE_ATTEMPT, f"round {newest[0]} attempt {newest[1]} is newer")
-            if context.draining:
-                raise AmpdError(ErrorCode.DRAINING, "the worker is stopping: place the round elsewhere")
-            await self._stop_run(held)
-            tokens = assemble_tokens(held.kv, message)
-            if isinstance(tokens, NeedTokens):
-                return tokens
-            check_fits(context, message, len(tokens))
-            adopt_tokens(context.engine.scheduler, held.kv, tokens)
+        key = SessionKey(message.tenant, message.session)
+        while True:
+            held = self._hold(key)
+            async with held.lock:
+                if self._sessions.get(key) is held:  # else it was dropped meanwhile
+                    return await self._run_round(held, message, received_at)
+
+    async def _run_round(self, held: HeldSession, message: RunRound, received_at: float) -> Message:
+        context = self._context
+        if held.run is not None:
+            newest = (held.run.message.round, held.run.message.attempt)
+            if (message.round, message.attempt) == newest:
+                if held.run.ended is not None:  # asked about: whoever asks has not heard the end
+                    context.outbox.send(held.run.ended)
+                return self._acknowledge(held.run, "running" if held.run.ended is None else "finished")
+            if (message.round, message.attempt) < newest:
+                raise AmpdError(ErrorCode.STALE_ATTEMPT, f"round {newest[0]} attempt {newest[1]} is newer")
+        if context.draining:
+            raise AmpdError(ErrorCode.DRAINING, "the worker is stopping: place the round elsewhere")
+        await self._stop_run(held)
+        tokens = assemble_tokens(held.kv, message)
+        if isinstance(tokens, NeedTokens):
+            return tokens
+        check_fits(context, message, len(tokens))
+        held.kv = await self._hand_back(held.kv, tokens)
+        adopt_tokens(context.engine.scheduler, held.kv, tokens)
+        if message.remote is not None:  # else it comes back when it is the round's turn
             await self._engine.restore(held.kv, len(tokens) - 1)
-            held.run = self._start(held, message, received_at)
-            return self._acknowledge(held.run, "started")
+        held.run = self._start(held, message, received_at)
+        return self._acknowledge(held.run, "started")
 
     async def cancel_run(self, message: CancelRun) -> Message:
         """Stop the round and roll the session back to the history before it."""
@@ -101,6 +107,7 @@ class DecodeRole:
                 await self._stop_run(held)
                 del held.kv.tokens[run.message.num_history_tokens :]
                 self._engine.scheduler.truncate(held.kv, held.kv.num_tokens)
+                held.kv.told = NOT_TOLD
         return Ack()
 
     async def drop_session(self, message: DropSession) -> Message:
@@ -109,31 +116,23 @@ class DecodeRole:
         if held is not None:
             async with held.lock:
                 await self._stop_run(held)
-                self._sessions.pop(key, None)
-                self._engine.scheduler.drop(key)
+                if self._sessions.get(key) is held:
+                    del self._sessions[key]
+                    self._engine.scheduler.drop(key)
+                    self._engine.wake()
         return Ack()
 
     async def grant_history(self, message: GrantHistory) -> Message:
-        """Let another worker read an idle session's KV ahead of its next round. Running work goes before it: the lease
-        ends before any of its blocks is given up."""
+        """Let another worker read an idle session's KV: the one that it moves to, or one that prefills its next round.
+        The lease ends before any of its blocks is given up."""
         self._check_incarnation(message)
-        session = SessionKey(message.tenant, message.session)
-        held = self._sessions.get(session)
+        held = self._sessions.get(SessionKey(message.tenant, message.session))
         if held is None:
             raise AmpdError(ErrorCode.KV_LEASE_INVALID, "nothing of this session is held here")
         async with held.lock:
-            kv = held.kv
             if held.run is not None and held.run.ended is None:
                 raise AmpdError(ErrorCode.KV_LEASE_INVALID, "a round of this session runs: it moves what it needs")
-            num_tokens = min(message.num_tokens, kv.num_kv)
-            if num_tokens == 0:
-                raise AmpdError(ErrorCode.KV_LEASE_INVALID, "the session's KV has been evicted")
-            if kv.revoke_lease is not None:
-                kv.revoke_lease()  # one at a time: a repeated command gets a new one
-            lease = grant_history(self._context, resident_key(session), kv, num_tokens)
-            kv.num_leased = num_tokens
-            kv.revoke_lease = partial(self._context.leases.release, lease.lease_id, lease.generation)
-        return HistoryGranted(num_tokens=num_tokens, history=describe_source(self._context, lease))
+            return await lend_kv(self._context, held, message)
 
     async def kv_offer(self, message: KvOffer) -> Message:
         """The prefill of a round has begun elsewhere: reserve blocks and pull what is not here as it is computed."""
@@ -211,18 +210,24 @@ class DecodeRole:
         assert isinstance(oldest.kv.key, SessionKey)
         del self._sessions[oldest.kv.key]
         self._engine.scheduler.drop(oldest.kv.key)
+        self._context.kv_changes.note_gone(oldest.kv.key)
         return True
 
     def _start(self, held: HeldSession, message: RunRound, received_at: float) -> Run:
         context, kv = self._context, held.kv
         key = RoundKey(message.tenant, message.session, message.round, message.attempt)
+        is_local = message.remote is None
+        last = kv.num_tokens - 1  # its KV is always computed: its logits give the first output token
+        num_here = min(kv.num_kv + self._engine.count_restorable(kv), last) if is_local else kv.num_kv
+        num_fetch = min(message.num_source_tokens, last) if is_local and message.source is not None else 0
+        num_fetch = num_fetch if num_fetch > num_here else 0
         sequence = Sequence(
             key=key,
             kv=kv,
             sampling=message.sampling,
             output_start=message.num_history_tokens + message.num_input_tokens,
             arrival=received_at,
-            state=SequenceState.READY if message.remote is None else SequenceState.WAITING_KV,
+            state=SequenceState.READY if is_local and not num_fetch else SequenceState.WAITING_KV,
             waiting=WaitingPrefill(
                 key=key,
                 arrival=received_at,
@@ -238,14 +243,19 @@ class DecodeRole:
             decoder=context.codec.stream_decoder(message.stop.stop),
             stream=subjects.round_stream(message.tenant, message.session, message.round),
             received_at=received_at,
-            num_cached_tokens=kv.num_kv,
+            num_cached_tokens=max(num_here, num_fetch),
             num_streamed=message.num_forced_tokens,
+            num_fetch_tokens=num_fetch,
         )
+        if is_local:
+            sequence.on_start = run.note_first_step
         for token in kv.tokens[sequence.output_start :]:
             run.decoder.push(token)  # delivered by an earlier attempt: only the decoder's state is wanted
         if message.remote is not None and kv.num_kv > 0:
             run.history_lease = grant_history(context, key, kv, kv.num_kv)
         self._engine.submit(sequence, lambda _, token: self._take_token(run, token))
+        if num_fetch:
+            run.fetching = context.spawn(fetch_history(context, run), f"move:{message.session}")
         return run
 
     def _acknowledge(self, run: Run, state: Literal["started", "running", "finished"]) -> RunRoundAck:
@@ -340,6 +350,8 @@ class DecodeRole:
         )
         self._release_history(run)
         self._engine.finish(run.sequence)
+        kv = run.sequence.kv  # the coordinator expects all but the last token's, of a round that went well
+        kv.told = (kv.num_tokens - 1, 0) if reason is not None else NOT_TOLD
         if reason is not None:
             context.streams.put(run.stream, run.finished_message(reason, usage), run.encoding)
         context.outbox.send(run.ended)
@@ -356,10 +368,24 @@ class DecodeRole:
         if run is None:
             return
         run.stopped = True
-        if run.pull is not None:
-            await run.pull.cancel()
+        await self._halt_transfers(run)
         self._release_history(run)
         await self._engine.remove(run.sequence)
+
+    async def _halt_transfers(self, run: Run) -> None:
+        """On return no transfer writes to its blocks."""
+        run.halted = True
+        if run.pull is not None:
+            await run.pull.cancel()
+        if run.fetching is not None and not run.fetching.done():
+            self._engine.wake()
+            await asyncio.wait([run.fetching])
+
+    async def renew_leases(self) -> None:
+        """Keep alive what sessions that move here are read from: called every third of a lease's ttl."""
+        for held in list(self._sessions.values()):
+            if held.run is not None:
+                await renew_source(self._context, held.run)
 
     async def expire_deadlines(self) -> None:
         """End the rounds whose deadline has passed; the coordinator is told as of any other end."""
@@ -370,8 +396,7 @@ class DecodeRole:
                 continue
             async with held.lock:
                 if held.run is run and run.ended is None:
-                    if run.pull is not None:
-                        await run.pull.cancel()
+                    await self._halt_transfers(run)
                     await self._engine.remove(run.sequence)
                     if run.ended is None:  # it may have ended in the step just waited for
                         self._end(run, None, AmpdError(ErrorCode.DEADLINE_EXCEEDED, "the round's deadline has passed"))

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from array import array
 from collections import deque
+from collections.abc import Iterable
 
 import structlog
 
@@ -24,7 +25,6 @@ from shared.errors import AmpdError, ErrorCode
 from shared.messages import (
     Ack,
     CancelRun,
-    DropSession,
     KvRenew,
     KvSource,
     Message,
@@ -48,7 +48,9 @@ class PrefillRole:
         self._staged: set[PrefillJob] = set()  # off the queue and not computed yet
         self._order = PrefillOrder(context.policy.order)
         self._steps = PrefillSteps(context)
-        self.residents = Residents(context.engine, max_residents=context.limits.max_residents)
+        self.residents = Residents(
+            context.engine, max_residents=context.limits.max_residents, on_lost=context.kv_changes.note_gone
+        )
         self._staging = KvStaging(context, self.residents, self._has_job, self._changed.set)
 
     @property
@@ -99,22 +101,31 @@ class PrefillRole:
     async def stage_kv(self, message: StageKv) -> Message:
         return await self._staging.stage_kv(message)
 
+    async def hand_back(self, own: SessionKv, tokens: array[int]) -> SessionKv:
+        """The session decodes on this worker from now on: what is kept of it here is its own, if that is more."""
+        await self._staging.cancel(own.key)
+        return self.residents.hand_back(own, tokens)
+
     def _has_job(self, session: SessionKey) -> bool:
-        return any(job.session == session for job in self._jobs.values())
+        return bool(self.list_jobs(session))
 
     async def cancel_run(self, message: CancelRun) -> None:
         await self._cancel_where(SessionKey(message.tenant, message.session), (message.round, message.attempt + 1))
 
-    async def drop_session(self, message: DropSession) -> None:
-        session = SessionKey(message.tenant, message.session)
+    def list_jobs(self, session: SessionKey) -> list[PrefillJob]:
+        return [job for job in self._jobs.values() if job.session == session]
+
+    async def drop_session(self, session: SessionKey, jobs: Iterable[PrefillJob]) -> None:
+        """Forget what is kept of the session; `jobs` are its tasks as of the command: others are of its next life."""
         await self._staging.cancel(session)
-        await self._cancel_where(session, None)
+        for job in jobs:
+            await self._cancel(job)
         self.residents.drop(session)
 
-    async def _cancel_where(self, session: SessionKey, before: tuple[int, int] | None) -> None:
-        """Cancel the session's tasks with (round, attempt) < before (None: all); returns when their blocks are back."""
-        for job in list(self._jobs.values()):
-            if job.session == session and (before is None or (job.key.round, job.key.attempt) < before):
+    async def _cancel_where(self, session: SessionKey, before: tuple[int, int]) -> None:
+        """Cancel the session's tasks with (round, attempt) < before; returns when their blocks are back."""
+        for job in self.list_jobs(session):
+            if (job.key.round, job.key.attempt) < before:
                 await self._cancel(job)
 
     async def _cancel(self, job: PrefillJob) -> None:

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections import deque
+from collections.abc import Callable
 
 from shared.core.resident_key import resident_key
 from shared.core.sequences import SessionKv
 from shared.core.types import RoundKey, SessionKey
 from shared.engine.engine_loop import EngineLoop
-from shared.messages import PrefillTask, ResidentKv, SessionRef
-
-MAX_LOST = 4096  # remembered for the heartbeats to come
+from shared.messages import PrefillTask, ResidentKv
 
 
 class Residents:
     """Each is in the scheduler's sessions under its resident_key, so that running work can take its blocks."""
 
-    def __init__(self, engine: EngineLoop, *, max_residents: int) -> None:
+    def __init__(
+        self, engine: EngineLoop, *, max_residents: int, on_lost: Callable[[SessionKey], object] = lambda _: None
+    ) -> None:
+        """on_lost(session): nothing of it is left, though nobody has asked for that."""
         self._engine = engine
         self._scheduler = engine.scheduler
         self._max_residents = max_residents
         self._entries: dict[SessionKey, SessionKv] = {}
-        self._lost: deque[SessionKey] = deque(maxlen=MAX_LOST)
+        self._on_lost = on_lost
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -35,6 +36,10 @@ class Residents:
     @property
     def num_tokens(self) -> int:
         return sum(kv.num_kv for kv in self._entries.values())
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(kv.block_table) for kv in self._entries.values() if not kv.pinned)
 
     def find(self, session: SessionKey) -> SessionKv | None:
         return self._entries.get(session)
@@ -51,12 +56,14 @@ class Residents:
         scheduler, session = self._scheduler, kv.key
         kv.pinned = False
         scheduler.truncate(kv, kv.num_kv)
-        if not wanted or kv.num_kv == 0 or not self._make_room():
+        lives_here = session in scheduler.sessions  # its decode worker has KV of its own
+        if not wanted or lives_here or kv.num_kv == 0 or not self._make_room():
             scheduler.drop(name)
             return
         self.drop(session)
         del scheduler.sessions[name]
         kv.last_used = self._engine.clock()
+        kv.told = (kv.num_kv, 0)  # by the prefill's report
         self._entries[session] = scheduler.sessions[resident_key(session)] = kv
 
     def add(self, kv: SessionKv) -> bool:
@@ -80,22 +87,38 @@ class Residents:
         if victim is None:
             return False
         self.drop(victim.key)
-        self._lost.append(victim.key)
+        self._on_lost(victim.key)
         return True
 
-    def collect_lost(self, limit: int) -> tuple[SessionRef, ...]:
-        """Sessions of which nothing is left since the last call, at most `limit`; the others come next time."""
-        tier = self._engine.host_tier
+    def drop_empty(self) -> None:
+        """Forget the sessions of which nothing is left."""
         for session, kv in list(self._entries.items()):
-            if kv.num_kv == 0 and not kv.pinned and not (tier is not None and tier.holds(kv)):
+            if kv.num_kv == 0 and not kv.pinned and not self._engine.count_restorable(kv):
                 self.drop(session)
-                self._lost.append(session)
-        lost: list[SessionRef] = []
-        while self._lost and len(lost) < limit:
-            session = self._lost.popleft()
-            if session not in self._entries:  # it may have come back
-                lost.append(SessionRef(tenant=session.tenant, session=session.session))
-        return tuple(lost)
+                self._on_lost(session)
+
+    def hand_back(self, own: SessionKv, tokens: array[int]) -> SessionKv:
+        """The session decodes here from now on, with these tokens: of the KV that it has of its own and what was kept,
+        the one that goes further is its own from now on, the other is dropped."""
+        session, scheduler = own.key, self._scheduler
+        kv = self._entries.pop(session, None)
+        if kv is None:
+            return own
+        name = resident_key(session)
+        num_shared = count_shared_tokens(kv, tokens)
+        reach = min(num_shared, kv.num_kv + self._engine.count_restorable(kv))
+        own_reach = min(count_shared_tokens(own, tokens), own.num_kv + self._engine.count_restorable(own))
+        if reach <= own_reach:
+            scheduler.drop(name)
+            return own
+        del scheduler.sessions[name]
+        scheduler.drop(session)
+        scheduler.sessions[session] = kv
+        kv.resident = False
+        kv.tokens, kv.tokens_base, kv.checksum = tokens[:num_shared], 0, 0
+        kv.gaps, kv.last_round = own.gaps, own.last_round
+        scheduler.truncate(kv, num_shared)
+        return kv
 
     def check_integrity(self) -> None:
         """Assert that every entry is idle, and known to the scheduler under its own name."""
@@ -110,6 +133,21 @@ class Residents:
 def is_known(kv: SessionKv, claim: ResidentKv | None) -> bool:
     """Whether the tokens that `kv` was computed from begin as `claim` says."""
     return claim is not None and kv.identify(claim.num_tokens) == (claim.num_tokens, claim.checksum)
+
+
+def count_shared_tokens(kv: SessionKv, tokens: array[int]) -> int:
+    """How many of `tokens`, from position 0 on, are known to be those that `kv` was computed from."""
+    base = kv.tokens_base
+    if base > len(tokens) or zlib.crc32(tokens[:base].tobytes()) != kv.checksum:
+        return 0
+    return base + _count_equal(kv.tokens, tokens[base:])
+
+
+def _count_equal(mine: array[int], theirs: array[int]) -> int:
+    length = min(len(mine), len(theirs))
+    if mine[:length] == theirs[:length]:
+        return length
+    return next(index for index in range(length) if mine[index] != theirs[index])
 
 
 def count_common_tokens(kv: SessionKv, task: PrefillTask, tokens: array[int]) -> int:
@@ -128,8 +166,4 @@ def count_common_tokens(kv: SessionKv, task: PrefillTask, tokens: array[int]) ->
         claim = task.resident
         return min(claim.num_tokens, cached) if claim is not None and is_known(kv, claim) else 0
     start = max(base, cached)
-    mine, theirs = kv.tokens[start - base :], tokens[start - cached :]
-    length = min(len(mine), len(theirs))
-    if mine[:length] == theirs[:length]:
-        return start + length
-    return start + next(index for index in range(length) if mine[index] != theirs[index])
+    return start + _count_equal(kv.tokens[start - base :], tokens[start - cached :])

@@ -13,6 +13,7 @@ from services.worker.decode import DecodeRole
 from services.worker.prefill import PrefillRole
 from shared import subjects
 from shared.bus import BusMessage
+from shared.core.types import SessionKey
 from shared.errors import AmpdError, BusError, ErrorCode
 from shared.messages import (
     Ack,
@@ -36,7 +37,7 @@ from shared.messages import (
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_S = 0.5
-MAX_EVICTED_TOLD = 256  # in one heartbeat; the others are told in the next
+MAX_CHANGES_TOLD = 256  # of sessions' KV in one heartbeat; the others are told in the next
 
 
 class WorkerRuntime:
@@ -49,8 +50,8 @@ class WorkerRuntime:
         context.engine.follow(
             context.policy, context.costs, host_kv_bytes=context.host_kv_bytes, host_read_s=context.host_read_s
         )
-        self.decode = DecodeRole(context)
         self.prefill = PrefillRole(context)
+        self.decode = DecodeRole(context, self.prefill.hand_back)
         self._heartbeat_seq = 0
 
     # -------------------------------------------------------------------------------- lifecycle
@@ -64,6 +65,7 @@ class WorkerRuntime:
             (self.prefill.run(), "prefills"),
             (self._every(HEARTBEAT_S, self.send_heartbeat), "heartbeats"),
             (self._every(context.limits.lease_ttl_s / 3, self.prefill.renew_leases), "renewals"),
+            (self._every(context.limits.lease_ttl_s / 3, self.decode.renew_leases), "move renewals"),
             (self._every(0.25, self._expire), "deadlines"),
         ):
             context.spawn(coroutine, name)
@@ -159,8 +161,11 @@ class WorkerRuntime:
                 await self.prefill.cancel_run(message)
                 return await self.decode.cancel_run(message)
             case DropSession():
-                await self.prefill.drop_session(message)
-                return await self.decode.drop_session(message)
+                session = SessionKey(message.tenant, message.session)
+                jobs = self.prefill.list_jobs(session)
+                reply = await self.decode.drop_session(message)
+                await self.prefill.drop_session(session, jobs)
+                return reply
             case _:
                 raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no worker command")
 
@@ -195,6 +200,7 @@ class WorkerRuntime:
         now = context.clock()
         queue, queue_num_tokens = self.prefill.queue_metadata()
         residents = self.prefill.residents
+        residents.drop_empty()
         self._heartbeat_seq += 1
         return Heartbeat(
             worker_id=context.worker_id,
@@ -226,7 +232,8 @@ class WorkerRuntime:
             profile=context.profile,
             node=context.node,
             num_resident_tokens=residents.num_tokens,
-            evicted=residents.collect_lost(MAX_EVICTED_TOLD),
+            kv_held=context.kv_changes.collect(MAX_CHANGES_TOLD),
+            num_evictable_blocks=residents.num_blocks,
             num_host_tokens=context.engine.host_tier.num_tokens if context.engine.host_tier is not None else 0,
         )
 

@@ -151,6 +151,7 @@ class KvStaging:
         """Nothing is pulled any more: what has not arrived whole is forgotten."""
         kv.pinned = False
         kv.last_used = self._context.clock()
+        kv.told = (kv.num_kv, 0)  # by KvStaged
         self._context.engine.scheduler.truncate(kv, kv.num_kv)
         if kv.num_kv == 0:
             self._residents.drop(session)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from shared.core.endings import cancel_at_workers, fail_round, finish_from_stream
 from shared.core.fleet import WorkerState
+from shared.core.moving import ask_for_history, end_move, undo_move
 from shared.core.placement import bind_session, choose_placement, count_prefill, occupy_workers
 from shared.core.records import AttemptStartedEntry, WorkerRef
 from shared.core.residency import describe_resident, doubt_worker, expect_resident
-from shared.core.session import RoundInFlight, Session
+from shared.core.session import HeldKv, RoundInFlight, Session
 from shared.core.state import State, needed_growth
 from shared.core.token_bytes import TOKEN_BYTES, count_tokens
 from shared.errors import ErrorCode
-from shared.messages import ErrorReply, PrefillTask, RemotePrefill, RunRound, RunRoundAck
+from shared.messages import ErrorReply, HistoryGranted, PrefillTask, RemotePrefill, RunRound, RunRoundAck
 
 # A new attempt may go better: elsewhere, later, or with the KV computed again.
 RETRYABLE = frozenset(
@@ -59,7 +60,26 @@ def command_decode_worker(state: State, session: Session) -> None:
         return
     if running.phase != "reconciling":
         running.phase = "starting"
+    if running.move is not None and not running.move.is_settled:
+        ask_for_history(state, session, running.move)
+        if not running.move.is_settled:
+            return
     _send_run_round(state, session, running, worker)
+
+
+def note_history(state: State, session: Session, command_id: int, granted: HistoryGranted | None) -> None:
+    """The worker that a session leaves lends its KV, or does not (None): the round can start at the new one."""
+    running = session.in_flight
+    if running is None or running.move is None or running.move.grant_id != command_id or running.move.is_settled:
+        return
+    move = running.move
+    move.is_settled = True
+    if granted is not None and granted.history.worker_id == move.source.worker_id:
+        move.granted = granted
+    else:
+        state.counters["moves_without_kv"] += 1
+    if running.phase == "starting":
+        command_decode_worker(state, session)
 
 
 def _send_run_round(state: State, session: Session, running: RoundInFlight, worker: WorkerState) -> None:
@@ -68,6 +88,7 @@ def _send_run_round(state: State, session: Session, running: RoundInFlight, work
     start = min(session.binding.num_known_tokens, session.num_tokens)
     remote = running.prefill
     started = running.started
+    granted = running.move.granted if running.move is not None else None
     state.send(
         worker,
         session.key,
@@ -93,6 +114,8 @@ def _send_run_round(state: State, session: Session, running: RoundInFlight, work
             else RemotePrefill(worker_id=remote.worker_id, incarnation=remote.incarnation),
             waited_s=state.now - running.received_at,
             session_age_s=state.now - session.opened_at,
+            source=granted.history if granted is not None else None,
+            num_source_tokens=min(granted.num_tokens, session.num_tokens) if granted is not None else 0,
         ),
     )
 
@@ -105,6 +128,7 @@ def note_run_round_ack(state: State, session: Session, ack: RunRoundAck) -> None
         return
     assert session.binding is not None
     session.binding.num_known_tokens = session.num_tokens
+    session.held = HeldKv(max(0, ack.num_cached_tokens)).cut(count_prompt(session, running))
     running.output.adopt(ack.output_token_ids)
     running.ended_at_worker = ack.state == "finished"
     state.reconciling.discard(session.key)
@@ -185,8 +209,10 @@ def _recount_prefill(state: State, session: Session, ref: WorkerRef, num_held: i
 
 
 def begin_decoding(state: State, session: Session, running: RoundInFlight) -> None:
-    """The first token is there: the prefill no longer loads its worker, the round joins the decode worker's batch."""
+    """The first token is there: the prefill no longer loads its worker, the round joins the decode worker's batch, and
+    a session that has moved has arrived."""
     end_prefill(state, session, running)
+    end_move(state, session, running)
     worker = state.fleet.find(running.decode)
     if worker is not None and session.key in worker.load.active:
         worker.load.begin_decoding(session.key, count_prompt(session, running))
@@ -248,6 +274,7 @@ def start_next_attempt(
     state.counters["attempts_failed"] += 1
     cancel_at_workers(state, session)
     state.leave_workers(session)
+    undo_move(state, session, running)
     state.reconciling.discard(session.key)
     running.phase = "waiting"
     running.no_worker_since = None
@@ -287,7 +314,7 @@ def place_next_attempt(state: State, session: Session) -> None:
     if placement is None:
         _wait_for_worker(state, session, running)
         return
-    bind_session(state, session, placement.decode)
+    bind_session(state, session, placement)
     state.append(
         session,
         AttemptStartedEntry(

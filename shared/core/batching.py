@@ -2,19 +2,22 @@
 
 Decoding sequences go first, one token each; the token budget beside them (chunking.py) goes to prefills in chunks, in
 the order of reordering.py. When blocks run out, idle sessions lose the tail of their KV first (retention.py chooses
-whose), then the *youngest* running sequence is preempted and later computed again. The oldest sequence is never
-preempted for a younger one, so something always makes progress.
+whose), then a running sequence is preempted: one further behind in the order, where prefills are served by deadline, or
+else the *youngest*. Its KV goes to the lower tier if there is one, and comes back from there; else it is computed
+again. A decoding sequence is never preempted for a younger one to decode, and the oldest prefill takes its room from
+the younger ones when nothing else could go on, so something always makes progress.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
-from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks
 from shared.core.kv_blocks import BlockAllocator
-from shared.core.reordering import OrderParameters, PrefillOrder
+from shared.core.reordering import OrderParameters, PrefillOrder, has_aged
 from shared.core.retention import IdleKv, RetentionName, choose_victim
 from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
 from shared.core.step_prediction import StepPredictor
@@ -24,6 +27,7 @@ __all__ = ["LowerTier", "PlannedItem", "Scheduler", "Sequence", "SequenceState",
 
 EVICTION_BLOCKS = 8  # a victim loses its tail in pieces of so many blocks: not one by one, step after step
 MAX_ITL_SLO_S = 3_600.0
+RESUME_S = 0.2  # from now, and twice the work: when a preempted round whose client waits for its next token is due
 
 
 class LowerTier(Protocol):
@@ -36,6 +40,9 @@ class LowerTier(Protocol):
         """The session is forgotten."""
 
     def holds(self, kv: SessionKv) -> bool: ...
+
+    def count_restorable(self, kv: SessionKv) -> int:
+        """Tokens that can be put behind the KV that the session has."""
 
     def check_integrity(self, sessions: Iterable[SessionKv]) -> None: ...
 
@@ -62,6 +69,7 @@ class Scheduler:
         self.sequences: list[Sequence] = []  # by arrival
         self.num_evictions = 0
         self.num_preemptions = 0
+        self._restores: list[Sequence] = []  # to be begun
 
     def follow(
         self, chunk: ChunkParameters, order: OrderParameters, retention: RetentionName, predictor: StepPredictor
@@ -134,16 +142,49 @@ class Scheduler:
             kv.block_table += self.allocator.allocate(missing, kv)
         return True
 
-    def reserve_preempting(self, kv: SessionKv, num_tokens: int, arrival: float, *, now: float = 0.0) -> bool:
-        """As reserve, and preempts running sequences that arrived after `arrival`, youngest first."""
+    def reserve_preempting(
+        self,
+        kv: SessionKv,
+        num_tokens: int,
+        arrival: float,
+        *,
+        now: float = 0.0,
+        behind: Callable[[], Iterator[Sequence]] = lambda: iter(()),
+    ) -> bool:
+        """As reserve, and preempts running sequences: those `behind` in the order, then those that arrived after
+        `arrival`, youngest first."""
         while not self.reserve(kv, num_tokens, now=now):
-            victim = max(self._preemptible(kv, arrival), key=lambda s: s.arrival, default=None)
+            victim = next((s for s in behind() if s.kv is not kv), None)
+            if victim is None:
+                victim = max(self._preemptible(kv, arrival), key=lambda s: s.arrival, default=None)
             if victim is None:
                 return False
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
-            self.truncate(victim.kv, 0)
+            self._preempt(victim, now)
         return True
+
+    def _preempt(self, victim: Sequence, now: float) -> None:
+        """Its room goes to another. A round that has begun to produce is soon due again."""
+        kv = victim.kv
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        victim.admitted = False
+        if self.lower_tier is not None and kv.num_kv > 0:
+            self.lower_tier.save(kv, 0, now)
+        self.truncate(kv, 0)
+        if victim.has_produced:
+            victim.as_waiting().ttft_deadline = now + 2.0 * self._predict_s(victim) + RESUME_S
+
+    def _predict_s(self, sequence: Sequence) -> float:
+        """Until its prefill is computed: what can be restored is, the rest is computed."""
+        kv, num_restorable = sequence.kv, self._count_restorable(sequence)
+        compute_s = self.predictor.prefill_s(kv.num_kv + num_restorable, kv.num_missing - num_restorable)
+        return compute_s + (self.predictor.read_host_s(num_restorable) if num_restorable else 0.0)
+
+    def _count_restorable(self, sequence: Sequence) -> int:
+        """All but the last token: its logits are wanted."""
+        if self.lower_tier is None:
+            return 0
+        return max(0, min(self.lower_tier.count_restorable(sequence.kv), sequence.kv.num_missing - 1))
 
     def choose_victim(self, idle: Iterable[SessionKv], now: float) -> SessionKv | None:
         """Whose KV goes first; None when there is none."""
@@ -174,7 +215,7 @@ class Scheduler:
         return [
             kv
             for kv in self.sessions.values()
-            if kv.sequence is None and not kv.pinned and kv.block_table and kv is not asking
+            if kv.sequence is None and not kv.pinned and not kv.lent and kv.block_table and kv is not asking
         ]
 
     def _preemptible(self, asking: SessionKv, arrival: float) -> list[Sequence]:
@@ -198,21 +239,22 @@ class Scheduler:
         prefills = self._order_prefills(waiting, now)
         budget = self._budget([item.sequence for item in chosen.values()], prefills)
         may_begin = True
-        for sequence in prefills:
+        for place, sequence in enumerate(prefills):
             if budget == 0 or len(chosen) >= self.max_batch:
                 break
             if not (may_begin or _has_begun(sequence)):
                 continue
-            if not self._can_hold(sequence, waiting):
+            behind = partial(self._list_behind, prefills, place, now)
+            if not self._admit(sequence, behind, now):
                 may_begin = not self.order.is_strict(sequence.as_waiting(), now)
                 continue
-            num_tokens = min(budget, sequence.kv.num_missing)
-            if self._make_room(sequence, num_tokens, now):
-                chosen[id(sequence)] = PlannedItem(sequence, num_tokens, num_tokens == sequence.kv.num_missing)
-                budget -= num_tokens
+            budget -= self._plan_prefill(sequence, budget, behind, chosen, now)
+        if not chosen and prefills and not any(s.state is SequenceState.RESTORING for s in self.sequences):
+            self._force_oldest(prefills, budget, chosen, now)
         # making room for an older sequence may have preempted one chosen before: its KV is gone
         planned = [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size
                    >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
+        planned = self._keep_slack(planned)
         self._note_started(planned, waiting, now)
         if prefills:
             self.order.note_turn(prefills[0].as_waiting(), now)
@@ -223,8 +265,30 @@ class Scheduler:
             return prefills
         queue = [sequence.as_waiting() for sequence in prefills]
         for sequence, place in zip(prefills, queue, strict=True):
-            place.work_s = self.predictor.prefill_s(sequence.kv.num_kv, sequence.kv.num_missing)
+            place.work_s = self._predict_s(sequence)
         return [prefills[index] for index in self.order.order(queue, now)]
+
+    def _keep_slack(self, planned: list[PlannedItem]) -> list[PlannedItem]:
+        """The step as a whole keeps to the batch's slack: what its prefills take together, the last gives way."""
+        decoding = [item.sequence for item in planned if item.num_tokens == 1 and item.sequence.preemptible]
+        prefills = [item for item in planned if item.num_tokens > 1]
+        if len(prefills) < 2 or not decoding:
+            return planned
+        batch = len(decoding)
+        chunks = fit_chunks(
+            self.chunk,
+            self.predictor.costs,
+            [(item.sequence.kv.num_kv, item.num_tokens) for item in prefills],
+            sum(item.num_tokens for item in prefills),
+            batch=batch,
+            mean_context=sum(s.kv.num_tokens for s in decoding) / batch,
+            itl_slo_s=min(MAX_ITL_SLO_S, max(0.0, min(s.itl_slo_s for s in decoding))),
+        )
+        kept = [item for item in planned if item.num_tokens == 1]
+        for item, chunk in zip(prefills, chunks, strict=False):
+            whole = chunk == item.num_tokens
+            kept.append(item if whole else PlannedItem(item.sequence, chunk, False))
+        return kept
 
     def _budget(self, decodes: list[Sequence], prefills: list[Sequence]) -> int:
         if not prefills:
@@ -241,19 +305,95 @@ class Scheduler:
             num_history=prefills[0].kv.num_kv,
         )
 
-    def _can_hold(self, sequence: Sequence, waiting: list[Sequence]) -> bool:
-        """Whether a prefill may begin: only with room to its end beside those that have begun. Half-computed prefills
-        that wait for each other's room are how a worker collapses."""
+    def _admit(self, sequence: Sequence, behind: Callable[[], Iterator[Sequence]], now: float) -> bool:
+        """Whether a prefill may go on: it begins only with room to its end beside those that have begun. Half-computed
+        prefills that wait for each other's room are how a worker collapses.
+
+        Served by deadline, it may take the room of those behind it, if their KV has somewhere to go; served in order
+        of arrival, that of all who came later.
+        """
         if _has_begun(sequence):
             return True
-        wanted = [sequence, *(s for s in waiting if s is not sequence and s.first_step_at is not None)]
-        missing = sum(self.allocator.blocks_for(s.kv.num_tokens) - len(s.kv.block_table) for s in wanted)
+        missing = self._count_missing(sequence) + sum(map(self._count_missing, self._list_admitted()))
         room = self.allocator.num_free
         if missing > room:
             room += sum(len(kv.block_table) for kv in self._idle(sequence.kv))
-        if missing > room:
+        if missing > room and not self._by_deadline:
             room += sum(len(s.kv.block_table) for s in self._preemptible(sequence.kv, sequence.arrival))
-        return missing <= room
+        yielding: list[Sequence] = []
+        if missing > room and self._by_deadline and self.lower_tier is not None:
+            for other in behind():
+                yielding.append(other)
+                room += len(other.kv.block_table)
+                missing -= self._count_missing(other) if other.admitted else 0
+                if missing <= room:
+                    break
+        if missing > room:
+            return False
+        for other in yielding:
+            self._preempt(other, now)
+        sequence.admitted = True
+        return True
+
+    @property
+    def _by_deadline(self) -> bool:
+        return self.order.parameters.order == "moore_hodgson"
+
+    def _count_missing(self, sequence: Sequence) -> int:
+        """Blocks to the end of its prefill."""
+        return max(0, self.allocator.blocks_for(sequence.kv.num_tokens) - len(sequence.kv.block_table))
+
+    def _list_admitted(self) -> Iterator[Sequence]:
+        return (s for s in self.sequences if s.admitted and s.state is not SequenceState.ENDED and s.kv.num_missing > 1)
+
+    def _list_behind(self, prefills: list[Sequence], place: int, now: float) -> Iterator[Sequence]:
+        """Prefills that may have to yield to the one at `place`, the last in the order first. Who has aged keeps what
+        it has: it would never get on otherwise."""
+        if not self._by_deadline:
+            return iter(())
+        ageing = self.order.parameters.ageing
+        return (
+            other
+            for other in reversed(prefills[place + 1 :])
+            if other.state is SequenceState.READY
+            and other.preemptible
+            and other.kv.block_table
+            and not has_aged(other.as_waiting(), now, ageing)
+        )
+
+    def _plan_prefill(
+        self,
+        sequence: Sequence,
+        budget: int,
+        behind: Callable[[], Iterator[Sequence]],
+        chosen: dict[int, PlannedItem],
+        now: float,
+    ) -> int:
+        """Plan the next chunk, or first to bring back its KV; how many tokens of the budget that takes."""
+        kv = sequence.kv
+        if num_restorable := self._count_restorable(sequence):
+            if self.reserve_preempting(kv, kv.num_kv + num_restorable, sequence.arrival, now=now, behind=behind):
+                sequence.state = SequenceState.RESTORING
+                self._restores.append(sequence)
+            return 0
+        num_tokens = min(budget, kv.num_missing)
+        if not self._make_room(sequence, num_tokens, now, behind):
+            return 0
+        chosen[id(sequence)] = PlannedItem(sequence, num_tokens, num_tokens == kv.num_missing)
+        return num_tokens
+
+    def _force_oldest(self, prefills: list[Sequence], budget: int, chosen: dict[int, PlannedItem], now: float) -> None:
+        """Nothing else can go on: the oldest prefill gets the room of the younger ones."""
+        oldest = min(prefills, key=lambda s: s.arrival)
+        if self.reserve_preempting(oldest.kv, oldest.kv.num_tokens, oldest.arrival, now=now):
+            oldest.admitted = True
+            self._plan_prefill(oldest, budget, lambda: iter(()), chosen, now)
+
+    def take_restores(self) -> list[Sequence]:
+        """Sequences whose KV is to be brought back from the lower tier, into blocks that they have: it is told by
+        making them READY again."""
+        restores, self._restores = self._restores, []
+        return restores
 
     def _note_started(self, planned: list[PlannedItem], waiting: list[Sequence], now: float) -> None:
         """The first steps of sequences; who had come before a prefill that starts now has been passed over."""
@@ -273,11 +413,17 @@ class Scheduler:
     def _ready(self) -> Iterator[Sequence]:
         return (s for s in self.sequences if s.state is SequenceState.READY and s.kv.num_missing > 0)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
+    def _make_room(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        now: float,
+        behind: Callable[[], Iterator[Sequence]] = lambda: iter(()),
+    ) -> bool:
         kv = sequence.kv
         if kv.num_missing < num_tokens or (num_tokens == 1 and kv.num_missing != 1):
             return False  # preempted since it was listed
-        return self.reserve_preempting(kv, kv.num_kv + num_tokens, sequence.arrival, now=now)
+        return self.reserve_preempting(kv, kv.num_kv + num_tokens, sequence.arrival, now=now, behind=behind)
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps."""
@@ -292,5 +438,5 @@ class Scheduler:
 
 
 def _has_begun(sequence: Sequence) -> bool:
-    """Computed in part, or with all its blocks reserved before it came here."""
-    return sequence.first_step_at is not None or not sequence.preemptible
+    """It may take room to its end, or had all its blocks reserved before it came here."""
+    return sequence.admitted or not sequence.preemptible

@@ -47,6 +47,36 @@ def budget_prefill_tokens(
     return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
 
 
+def fit_chunks(
+    parameters: ChunkParameters,
+    costs: StepCosts | None,
+    prefills: Sequence[tuple[int, int]],
+    budget_tokens: int,
+    *,
+    batch: int,
+    mean_context: float,
+    itl_slo_s: float,
+) -> list[int]:
+    """Tokens for each of `prefills` (history, missing), in order, within `budget_tokens`.
+
+    With slack the step as a whole keeps to its share of the ITL objective: the attention of every further prefill takes
+    time that the first one's budget does not know of, so the last chunks give way.
+    """
+    chunks = split_budget([missing for _, missing in prefills], budget_tokens)
+    if parameters.chunk == "fixed" or costs is None or batch == 0:
+        return chunks
+    limit_s = parameters.itl_share * itl_slo_s
+    while len(chunks) > 1:
+        parts = [(history, chunk) for (history, _), chunk in zip(prefills, chunks, strict=False)]
+        if costs.step_s(batch, mean_context, parts) <= limit_s:
+            break
+        if chunks[-1] > 2 * QUANTUM:
+            chunks[-1] //= 2
+        else:
+            chunks.pop()
+    return chunks
+
+
 def split_budget(missing: Sequence[int], budget_tokens: int) -> list[int]:
     """Tokens for each prefill, in order, until the budget is used: the last may get a part."""
     chunks: list[int] = []

@@ -252,7 +252,7 @@ def _start_round(state: State, session: Session, held: HeldRequest, request: Sub
         raise refusal
     if session.num_rounds == 0:
         admit_ttft(state, placement.decision, slo, waited_s)
-    bind_session(state, session, placement.decode)
+    bind_session(state, session, placement)
     _record_round(state, session, held, request, token_ids, placement)
 
 

@@ -8,13 +8,14 @@ from shared.core.attempts import (
     RETRYABLE,
     command_decode_worker,
     lose_worker,
+    note_history,
     note_run_round_ack,
     start_next_attempt,
 )
 from shared.core.commands import SendToWorker
 from shared.core.endings import fail_round, finish_from_stream
 from shared.core.events import CommandFailed, CommandReplied
-from shared.core.session import RoundInFlight, Session
+from shared.core.session import NOTHING_HELD, RoundInFlight, Session
 from shared.core.staging import abandon_staging, on_staging_reply
 from shared.core.state import PendingCommand, State
 from shared.errors import ErrorCode
@@ -25,6 +26,7 @@ from shared.messages import (
     ErrorReply,
     GrantHistory,
     HistoryGranted,
+    Message,
     NeedTokens,
     PrefillTask,
     RunRound,
@@ -51,6 +53,9 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
     if isinstance(command.message, DropSession):
         state.note_dropped(command.key, command.worker.ref)
         return
+    if isinstance(command.message, GrantHistory) and command.message.hold:
+        _note_history(state, command, event.command_id, event.reply)
+        return
     if isinstance(command.message, GrantHistory | StageKv):
         on_staging_reply(state, command.key, event.reply)
         return
@@ -74,6 +79,12 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
             assert_never(event.reply)
 
 
+def _note_history(state: State, command: PendingCommand, command_id: int, reply: Message | None) -> None:
+    session = state.sessions.get(command.key)
+    if session is not None:
+        note_history(state, session, command_id, reply if isinstance(reply, HistoryGranted) else None)
+
+
 def _send_more_tokens(
     state: State, session: Session, running: RoundInFlight, command: PendingCommand, reply: NeedTokens
 ) -> None:
@@ -87,6 +98,7 @@ def _send_more_tokens(
         start_next_attempt(state, session, error, avoid=command.worker.worker_id)
         return
     session.binding.num_known_tokens = reply.num_known_tokens
+    session.held = session.held.cut(reply.num_known_tokens)
     command_decode_worker(state, session)
 
 
@@ -117,6 +129,7 @@ def _note_refusal(
         elif error.code == ErrorCode.STALE_ATTEMPT and session.binding is not None:
             # We own the record, so what it has is of an earlier session of this name, whose drop was lost.
             session.binding.num_known_tokens = 0
+            session.held = NOTHING_HELD
             state.drop_at(command.worker, session.key)
             start_next_attempt(state, session, error)
             return
@@ -133,6 +146,9 @@ def on_command_failed(state: State, event: CommandFailed) -> None:
     worker = command.worker
     if event.reason == "no_responders" and worker.alive:
         lose_worker(state, worker)
+    if isinstance(command.message, GrantHistory) and command.message.hold:
+        _note_history(state, command, event.command_id, None)
+        return
     if isinstance(command.message, GrantHistory | StageKv):
         abandon_staging(state, command.key)
         return

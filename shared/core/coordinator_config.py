@@ -27,13 +27,14 @@ class CoordinatorConfig:
     min_staged_tokens: int = 64  # fewer are not worth a message
     max_staging_in_flight: int = 32
     staging_timeout_s: float = 30.0  # one that is not heard of for so long is given up
+    move_grant_timeout_s: float = 1.0  # how long a session that moves waits for the worker that it leaves
 
     # explanations
     decisions_kept: int = 64  # of a session's newest rounds
     closed_explained: int = 256  # closed sessions whose decisions can still be asked for
 
     # admission
-    admission_factor: float = 3.0  # of the TTFT objective, beyond which a session's first round is refused
+    admission_factor: float = 1.5  # of the TTFT objective, beyond which a session's first round is refused
     max_sessions: int = 10_000
     max_sessions_per_tenant: int = 10_000
     max_rounds_in_flight: int = 1_024

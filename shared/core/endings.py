@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from shared.core.commands import ObserveRound, PublishStream, Reply
 from shared.core.explain import keep_explained
+from shared.core.moving import end_move, undo_move
 from shared.core.records import RoundEndedEntry, SessionClosedEntry
 from shared.core.residency import truncate_resident
-from shared.core.session import PendingAppend, RoundInFlight, Session
+from shared.core.session import HeldKv, PendingAppend, RoundInFlight, Session
 from shared.core.staging import begin_staging
 from shared.core.state import State
 from shared.core.token_bytes import count_tokens
@@ -73,10 +74,12 @@ def finish_round(
     assert running is not None
     if usage is not None:
         _learn_from_local(state, running, usage)
+    end_move(state, session, running)
     pending = _append_end(state, session, output, finish_reason, usage, None)
     binding = session.binding
     if binding is not None and binding.worker.ref == running.decode:
         binding.num_known_tokens = session.num_tokens
+        session.held = HeldKv(session.num_tokens - 1)  # the last token's KV is computed with the next round
     state.counters["rounds_finished"] += 1
     _settle_ended(state, session, running, pending, was_cancelled=False)
     begin_staging(state, session)
@@ -119,7 +122,9 @@ def fail_round(state: State, session: Session, error: ErrorReply, *, tell_worker
     )
     pending = _append_end(state, session, output, None, None, error)
     pending.then.append(PublishStream(key=session.key, message=failed, encoding=running.started.stream_encoding))
+    undo_move(state, session, running)
     truncate_resident(session)
+    session.held = session.held.cut(session.num_tokens)
     if session.binding is not None:  # the worker goes back to the history of finished rounds
         session.binding.num_known_tokens = min(session.binding.num_known_tokens, session.num_tokens)
     cancelled = error.code == ErrorCode.CANCELLED

@@ -90,6 +90,10 @@ def _check_residency(state: State) -> None:
             assert 0 <= num_tokens <= session.num_tokens + num_more, f"{ref.worker_id} holds a part of {session.key}"
         if session.binding is not None:
             assert session.binding.worker.ref not in session.resident, "the decode worker is no holder beside"
+        if running is not None and running.move is not None:
+            assert running.move.source != running.decode, f"{session.key} moves to another worker"
+        assert 0 <= session.held.num_device_tokens <= session.num_tokens + num_more, f"KV of {session.key} is its own"
+        assert session.held.num_host_tokens >= 0
     assert len(state.staging) <= state.config.max_staging_in_flight, "staging is bounded"
     assert state.staging.keys() <= state.sessions.keys(), "staged sessions are open"
     assert len(state.explained) <= state.config.closed_explained, "explanations are bounded"

@@ -50,11 +50,16 @@ class WorkerLoad:
     decoding: dict[SessionKey, int] = field(default_factory=dict)  # rounds that decode here, with their contexts
     num_context_tokens: int = 0
     num_promised_tokens: int = 0  # KV of the sessions bound here
-    active: dict[SessionKey, int] = field(default_factory=dict)  # rounds in flight that decode here, with the KV they need
+    active: dict[SessionKey, int] = field(default_factory=dict)  # KV that each round in flight needs where it decodes
     num_active_tokens: int = 0
     num_sessions: int = 0
     prefill_correction: float = 1.0  # measured / predicted, a running mean
     decode_correction: float = 1.0
+    # the last question to decode_step_s and its answer: binding asks every worker, and few have changed
+    _step_asked: tuple[int, int, int, float, float, StepCosts] | None = field(default=None, init=False, repr=False)
+    _step_s: float = field(default=0.0, init=False, repr=False)
+    # the last question to wait_before_s and its answer: a decision asks twice
+    _waited: tuple[float, float, float, float] | None = field(default=None, init=False, repr=False)
 
     @property
     def takes_prefill(self) -> bool:
@@ -77,11 +82,10 @@ class WorkerLoad:
         """KV that the rounds in flight need, those left out whose prefill is late already: they yield their room."""
         num_tokens = self.num_active_tokens
         for load in self.by_deadline:
-            if load.deadline >= now + load.work_s:
-                if load.deadline >= now + MAX_LATE_WORK_S:
-                    break
-                continue
-            num_tokens -= self.active.get(load.key, 0)
+            if load.deadline >= now + MAX_LATE_WORK_S:
+                break
+            if load.deadline < now + load.work_s:
+                num_tokens -= self.active.get(load.key, 0)
         return num_tokens
 
     @property
@@ -96,15 +100,21 @@ class WorkerLoad:
         costs = self.costs
         full = 2_048
         per_token_s = costs.linear(full) / full
-        return self.prefill_correction * costs.scale * (num_new * per_token_s + costs.attend(num_history, num_new))
+        attended_s = max(0.0, costs.attend(num_history, num_new) - costs.attend_floor_s)
+        return self.prefill_correction * costs.scale * (num_new * per_token_s + attended_s)
 
     def prefill_s(self, num_history: int, num_new: int) -> float:
         """T_pre alone, corrected by what was measured here."""
         return self.prefill_correction * self.costs.prefill_s(num_history, num_new)
 
     def decode_step_s(self, num_more: int = 0) -> float:
-        batch = len(self.decoding) + num_more
-        return self.decode_correction * self.costs.decode_step_s(batch, self.mean_context)
+        costs = self.costs
+        asked = (num_more, len(self.decoding), self.num_context_tokens, self.decode_correction, costs.scale, costs)
+        if asked != self._step_asked:
+            batch = len(self.decoding) + num_more
+            self._step_s = self.decode_correction * costs.decode_step_s(batch, self.mean_context)
+            self._step_asked = asked
+        return self._step_s
 
     def wait_s(self, now: float) -> float:
         """Work ahead of a prefill that joins at the end."""
@@ -118,6 +128,8 @@ class WorkerLoad:
 
         Prefills that are late already go after everybody who is not (see order_moore_hodgson): they count in neither.
         """
+        if self._waited is not None and self._waited[:2] == (deadline, now):
+            return self._waited[2:]
         before_s = 0.0
         least_slack_s = float("inf")
         finish = now - (min(now - self.progress_at, self.by_deadline[0].work_s) if self.by_deadline else 0.0)
@@ -131,12 +143,14 @@ class WorkerLoad:
                 slack_s = load.deadline - finish
                 if slack_s < least_slack_s:
                     least_slack_s = slack_s
-        return max(0.0, before_s), least_slack_s
+        self._waited = (deadline, now, max(0.0, before_s), least_slack_s)
+        return self._waited[2:]
 
     # ------------------------------------------------------------------------------ bookkeeping
 
     def begin_prefill(self, key: SessionKey, num_new: int, work_s: float, deadline: float, now: float) -> None:
         self.end_prefill(key, now)
+        self._waited = None
         if not self.prefills:
             self.progress_at = now
         load = PrefillLoad(key, num_new, work_s, deadline)
@@ -149,6 +163,7 @@ class WorkerLoad:
         load = self.prefills.pop(key, None)
         if load is None:
             return
+        self._waited = None
         index = bisect_left(self.by_deadline, load.deadline, key=_DEADLINE)
         while self.by_deadline[index] is not load:
             index += 1

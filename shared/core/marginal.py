@@ -38,26 +38,32 @@ def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingD
     for load in shortlist(view):
         options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters)))
         workers.append(load)
-    best = max(range(len(options)), key=lambda index: _score(options[index], view, parameters))
+    best = max(range(len(options)), key=lambda index: _score(options[index], workers[index], view, parameters))
     num_here = len(options)
     if view.movable and _gain(options[best]) < MOVE_BELOW:
         for load in shortlist_movable(view):
             options.append(_judge(view, parameters, load, estimate_moved(view, load, parameters)))
             workers.append(load)
-        best = max(range(len(options)), key=lambda index: _score(options[index], view, parameters))
+        best = max(range(len(options)), key=lambda index: _score(options[index], workers[index], view, parameters))
     reason = f"{_gain(options[best]):+.2f} rounds on time"
     return decide(workers[best], options[best], reason, tuple(options), moves_session=best >= num_here)
 
 
 def shortlist_movable(view: RoutingView) -> list[WorkerLoad]:
     """The least loaded of the workers that have room for the round."""
-    best: list[tuple[float, int, WorkerLoad]] = []
-    for index, load in enumerate(view.movable):
-        if load.count_pressing_tokens(view.now) + view.num_needed_tokens > load.num_kv_tokens:
-            continue
-        measure = load.active_share + load.backlog_s / view.slo.ttft_s
-        best.append((measure, index, load))
-    return [load for _, _, load in sorted(best)[:NUM_LEAST_LOADED]]
+    ttft_s = view.slo.ttft_s
+    measured = [
+        (load.num_active_tokens / load.num_kv_tokens + load.backlog_s / ttft_s, index)
+        for index, load in enumerate(view.movable)
+    ]
+    chosen: list[WorkerLoad] = []
+    for _, index in sorted(measured):
+        load = view.movable[index]
+        if load.count_pressing_tokens(view.now) + view.num_needed_tokens <= load.num_kv_tokens:
+            chosen.append(load)
+            if len(chosen) == NUM_LEAST_LOADED:
+                break
+    return chosen
 
 
 def shortlist(view: RoutingView) -> list[WorkerLoad]:
@@ -77,10 +83,9 @@ def shortlist(view: RoutingView) -> list[WorkerLoad]:
                 second, second_s = load, backlog_s
     chosen = [load for load in (first, second) if load is not None]
     if view.resident:
-        holders = sorted(
-            (load for load in workers if view.resident.get(load.worker_id, 0) > 0 and load not in chosen),
-            key=lambda load: -view.resident[load.worker_id],
-        )
+        resident = view.resident
+        holders = [load for load in workers if load.worker_id in resident and load not in chosen]
+        holders.sort(key=lambda load: -resident[load.worker_id])
         chosen += holders[:NUM_HOLDERS]
     return chosen
 
@@ -114,14 +119,16 @@ def _judge(
     )
 
 
-def _score(option: OptionEstimate, view: RoutingView, parameters: RoutingParameters) -> float:
-    """Rounds on time, less a little for what it takes: time until the first token, the link, the worker's time."""
-    gain = _gain(option)
-    patience = option.total_s / view.slo.ttft_s
-    cost = ON_TIME_IS_ALIKE * min(1.0, patience)
-    if option.placement == "remote":
-        cost += parameters.remote_share_cost * min(1.0, option.work_s / view.slo.ttft_s + 0.1)
-    return gain - cost
+def _score(option: OptionEstimate, load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:
+    """Rounds on time, less a little for what it takes: time until the first token; the worker's time at a price that
+    grows with its backlog, so that what is late anyway goes where nobody waits; the detour over a worker that is there
+    to decode for others."""
+    ttft_s = view.slo.ttft_s
+    cost = ON_TIME_IS_ALIKE * option.total_s / ttft_s
+    cost += parameters.congestion_price * (option.work_s / ttft_s) * (load.wait_s(view.now) / ttft_s)
+    if option.placement == "remote" and load.takes_decode:
+        cost += parameters.detour_cost
+    return _gain(option) - cost
 
 
 def _gain(option: OptionEstimate) -> float:

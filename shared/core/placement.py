@@ -1,4 +1,4 @@
-"""Where an attempt runs: choosing the decode worker, routing the prefill, counting both."""
+"""Where an attempt runs: choosing the decode worker, routing the prefill, moving the session, counting it all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 
 from shared.core.fleet import WorkerState, choose_decode_worker, fits
 from shared.core.load import WorkerLoad
-from shared.core.residency import list_resident
+from shared.core.residency import find_held, list_resident
 from shared.core.routing import RoutingDecision, RoutingView, predict_mixed_prefill, route_colocated
-from shared.core.session import Session
+from shared.core.session import Move, Session
 from shared.core.state import State, needed_growth
 from shared.messages import Slo
 
@@ -24,6 +24,7 @@ class Placement:
     prefill: WorkerState | None  # None: local
     num_total_tokens: int  # of the conversation with this round's input
     decision: RoutingDecision
+    move: Move | None = None  # from the worker that has the session's KV
 
 
 def choose_placement(
@@ -39,10 +40,11 @@ def choose_placement(
 ) -> Placement | None:
     """The session's decode worker, and where the prefill runs. None: no decode worker can take it now. Changes nothing.
 
-    The binding is sticky while its worker lives, takes work, has not failed this round and can hold it.
+    The binding is sticky while its worker lives, takes work, has not failed this round and can hold it, unless the
+    policy moves the session.
     """
     candidates = state.fleet.list_decode(session.opened.model, state.now)
-    bound = find_bound_worker(state, session)
+    home = bound = find_bound_worker(state, session)
     scheduling, overcommit = state.config.scheduling, state.config.kv_overcommit
     if (
         bound is None
@@ -54,29 +56,64 @@ def choose_placement(
     if bound is None:
         return None
     num_total = session.num_tokens + num_new_tokens
+    held = find_held(session, bound.ref).cut(num_total - 1)
     view = RoutingView(
         now=state.now,
-        num_cached_tokens=max(0, min(_count_known_tokens(session, bound), session.num_tokens) - 1),
+        num_cached_tokens=held.num_device_tokens,
+        num_restorable_tokens=held.num_tokens,
         num_total_tokens=num_total,
         first_round=session.num_tokens == 0,
         slo=slo,
         decode=bound.load,
         prefill_workers=() if force_local else _list_prefill_loads(state, bound, avoid),
+        movable=()
+        if force_local or not scheduling.moves_sessions
+        else [w.load for w in candidates if _may_move(w, bound, avoid) and fits(w, num_needed_tokens, overcommit)],
         num_needed_tokens=num_needed_tokens,
         resident=list_resident(state, session) if scheduling.keeps_resident else {},
         waited_s=waited_s,
     )
     decision = scheduling.route(view, scheduling.routing)
+    target = state.fleet.workers[decision.worker_id]
+    if decision.moves_session:
+        return Placement(target, None, num_total, decision, _plan_move(state, session, home, target, avoid))
     if not view.prefill_workers and scheduling.route is not route_colocated:
         decision = msgspec.structs.replace(decision, reason=NO_PREFILL_WORKER)
-    prefill = state.fleet.workers[decision.worker_id] if decision.placement == "remote" else None
-    return Placement(bound, prefill, num_total, decision)
+    if decision.placement == "remote":
+        return Placement(bound, target, num_total, decision)
+    return Placement(bound, None, num_total, decision, _plan_move(state, session, home, bound, avoid))
+
+
+def _may_move(worker: WorkerState, bound: WorkerState, avoid: Set[str]) -> bool:
+    return (
+        worker is not bound
+        and worker.worker_id not in avoid
+        and worker.heartbeat.layout_hash == bound.heartbeat.layout_hash
+    )
+
+
+def _plan_move(
+    state: State, session: Session, home: WorkerState | None, target: WorkerState, avoid: Set[str]
+) -> Move | None:
+    """The session is prefilled at `target`: from where its KV comes along. Also when it has to leave `home`, which
+    drains, or has no room for it."""
+    if home is None or home is target or not state.config.scheduling.moves_sessions:
+        return None
+    if home.worker_id in avoid or state.now < home.suspect_until:  # it would not answer
+        return None
+    held = find_held(session, home.ref)
+    if home.heartbeat.layout_hash != target.heartbeat.layout_hash or held.num_tokens == 0:
+        return None
+    return Move(home.ref, _count_known_tokens(session, home), held)
 
 
 def _list_prefill_loads(state: State, bound: WorkerState, avoid: Set[str]) -> list[WorkerLoad]:
     if state.config.scheduling.route is route_colocated:
         return []
-    return [worker.load for worker in state.fleet.list_prefill(bound, avoid, state.now)]
+    loads = [worker.load for worker in state.fleet.list_prefill(bound, avoid, state.now)]
+    if not state.config.scheduling.fluid_roles:
+        loads = [load for load in loads if load.role == "prefill"]
+    return loads
 
 
 def find_bound_worker(state: State, session: Session) -> WorkerState | None:
@@ -93,10 +130,15 @@ def _count_known_tokens(session: Session, worker: WorkerState) -> int:
     return session.num_tokens if session.last_decode == worker.ref else 0  # bound before this coordinator started
 
 
-def bind_session(state: State, session: Session, worker: WorkerState) -> None:
-    """The session's decodes run here from now on; a worker that it leaves drops it."""
-    num_known_tokens = _count_known_tokens(session, worker)
-    if session.binding is not None:
+def bind_session(state: State, session: Session, placement: Placement) -> None:
+    """The session's decodes run here from now on. A worker that it leaves drops it: at once, or when the session has
+    moved its KV."""
+    worker = placement.decode
+    num_known_tokens, held = _count_known_tokens(session, worker), find_held(session, worker.ref)
+    if placement.move is not None:
+        state.release_binding(session)
+        state.counters["moves"] += 1
+    elif session.binding is not None:
         if session.binding.worker is worker:
             return
         state.unbind(session)
@@ -104,6 +146,7 @@ def bind_session(state: State, session: Session, worker: WorkerState) -> None:
     elif session.last_decode != worker.ref:
         state.unbind(session)
     state.bind(session, worker, num_known_tokens)
+    session.held = held
 
 
 def occupy_workers(state: State, session: Session, placement: Placement) -> None:
@@ -111,6 +154,7 @@ def occupy_workers(state: State, session: Session, placement: Placement) -> None
     running = session.in_flight
     assert running is not None
     running.decision = placement.decision
+    running.move = placement.move
     count_prefill(
         state,
         session,

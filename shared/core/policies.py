@@ -40,6 +40,7 @@ class SchedulingPolicy:
     fluid_roles: bool = False  # any worker may prefill for any session
     moves_sessions: bool = False  # a session whose worker cannot serve its next round in time moves, with its KV
     admission: bool = False  # a new session whose first round cannot attain is refused, with a hint when to retry
+    window_s: float = 10.0  # of the statistics in heartbeats, which ampd reads
     corrects: bool = False  # predictions follow what is measured
 
     @property

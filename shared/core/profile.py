@@ -13,6 +13,7 @@ the slower end's link plus a latency. Files: shared/profiles/<gpu>-<model>.json,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -122,12 +123,12 @@ def _check_grid(name: str, at: str, grid: Grid) -> None:
 
 
 def _check_axis(name: str, at: str, axis: Sequence[int]) -> None:
-    if len(axis) < 2 or axis[0] < 0 or any(a >= b for a, b in zip(axis, axis[1:], strict=False)):
+    if len(axis) < 2 or axis[0] < 0 or any(a >= b for a, b in pairwise(axis)):
         raise _fault(name, f"{at} must be two or more ascending numbers from 0 on, got {list(axis)[:8]}")
 
 
 def _check_monotone(name: str, at: str, times: Sequence[float]) -> None:
-    for index, (a, b) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (a, b) in enumerate(pairwise(times)):
         if b < a:
             raise _fault(name, f"{at}[{index + 1}] = {b:g} is below {at}[{index}] = {a:g}: more work cannot take less")
 

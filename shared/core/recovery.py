@@ -14,7 +14,7 @@ from shared.core.events import RecordsLoaded
 from shared.core.placement import count_prefill
 from shared.core.records import AttemptStartedEntry, RecordEntry, RoundStartedEntry, WorkerRef
 from shared.core.residency import list_former_holders
-from shared.core.session import Session, fold
+from shared.core.session import HeldKv, Session, fold
 from shared.core.state import State, needed_growth
 
 
@@ -26,6 +26,7 @@ def on_records_loaded(state: State, event: RecordsLoaded) -> None:
             state.counters["records_without_beginning"] += 1
             continue
         session.opened_at = state.now
+        session.held = HeldKv(max(0, session.num_tokens - 1))  # unless the worker says otherwise
         session.resident = dict.fromkeys(list_former_holders(record.entries, state.config.max_holders), 0)
         if session.closed:
             state.purge_when_dropped(record.key, state.drop_everywhere(session))

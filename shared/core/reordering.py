@@ -12,15 +12,13 @@ Each is a pure function of the queue: `order_prefills` returns indices, the firs
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from operator import attrgetter
 from typing import Literal
 
 from shared.core.types import RoundKey
 
-_ARRIVAL = attrgetter("arrival")
 OrderName = Literal["fcfs", "program_fcfs", "window", "moore_hodgson"]
 MAX_WINDOW = 8  # 8! = 40,320 orders: more would stall the worker that asks
 
@@ -42,13 +40,13 @@ class WaitingPrefill:
 
 @dataclass(frozen=True, slots=True)
 class OrderParameters:
-    """`window` and `max_postponements` as in the paper. moore_hodgson: who has waited longer than `ageing_s` gets
-    every `aged_every`-th turn: enough that none starves, too little for late ones to make the others late."""
+    """`window` and `max_postponements` as in the paper. moore_hodgson: who has waited longer than `ageing` times its
+    TTFT objective gets every `aged_every`-th turn: enough that none starves, too little to make the others late."""
 
     order: OrderName = "window"
     window: int = 3
     max_postponements: int = 8
-    ageing_s: float = 20.0
+    ageing: float = 4.0
     aged_every: int = 4
 
     def __post_init__(self) -> None:
@@ -63,7 +61,7 @@ def order_prefills(
 ) -> list[int]:
     """Indices of `queue` (in order of arrival) in the order in which they should run.
 
-    `aged_turn`: whether a task older than `ageing_s` may go first (see PrefillOrder). Equal tasks keep their order.
+    `aged_turn`: whether a task that has aged may go first (see PrefillOrder). Equal tasks keep their order.
     """
     match parameters.order:
         case "fcfs":
@@ -73,8 +71,8 @@ def order_prefills(
         case "window":
             return order_window(queue, now, parameters.window, parameters.max_postponements)
         case "moore_hodgson":
-            order = order_moore_hodgson(queue, now)
-            return lift_aged(order, queue, now, parameters.ageing_s) if aged_turn else order
+            oldest = find_oldest_aged(queue, now, parameters.ageing) if aged_turn else None
+            return _put_first(oldest, order_moore_hodgson(queue, now))
 
 
 def order_window(queue: Sequence[WaitingPrefill], now: float, window: int, max_postponements: int) -> list[int]:
@@ -107,58 +105,70 @@ def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float) -> list[int
     """The order with the most tasks finished by their deadline, O(n log n): tasks are taken by deadline; whenever one
     would finish late, the longest taken so far is put off. On-time tasks run by deadline, then the others by arrival:
     who is late anyway should at least not be overtaken by who came later."""
-    by_deadline = sorted(range(len(queue)), key=lambda index: queue[index].ttft_deadline)
+    deadlines = [task.ttft_deadline for task in queue]
+    by_deadline = sorted(range(len(queue)), key=deadlines.__getitem__)
     longest: list[tuple[float, int]] = []
     finish = now
     late: set[int] = set()
-    push, pop = heapq.heappush, heapq.heappop
+    push, push_and_pop = heapq.heappush, heapq.heappushpop
     for index in by_deadline:
-        task = queue[index]
-        work_s = task.work_s
-        push(longest, (-work_s, index))
+        work_s = queue[index].work_s
         finish += work_s
-        if finish > task.ttft_deadline:
-            negative_s, dropped = pop(longest)
+        if finish > deadlines[index]:
+            negative_s, dropped = push_and_pop(longest, (-work_s, index))
             finish += negative_s
             late.add(dropped)
+        else:
+            push(longest, (-work_s, index))
     if not late:
         return by_deadline
-    put_off = sorted(late, key=lambda index: (queue[index].arrival, index))
+    arrivals = [task.arrival for task in queue]
+    put_off = sorted(sorted(late), key=arrivals.__getitem__)
     return [index for index in by_deadline if index not in late] + put_off
 
 
-def lift_aged(order: list[int], queue: Sequence[WaitingPrefill], now: float, ageing_s: float) -> list[int]:
-    """The task that has waited longest goes first if it has waited more than `ageing_s`."""
-    oldest = min(range(len(queue)), key=lambda index: queue[index].arrival, default=None)
-    if oldest is None or now - queue[oldest].arrival <= ageing_s or order[0] == oldest:
+def find_oldest_aged(queue: Sequence[WaitingPrefill], now: float, ageing: float) -> int | None:
+    """Index of the one that came first of those that have aged; None when none has."""
+    aged = (index for index, task in enumerate(queue) if has_aged(task, now, ageing))
+    return min(aged, key=lambda index: queue[index].arrival, default=None)
+
+
+def _put_first(first: int | None, order: list[int]) -> list[int]:
+    if first is None or order[0] == first:
         return order
-    return [oldest, *(index for index in order if index != oldest)]
+    return [first, *(index for index in order if index != first)]
+
+
+def has_aged(task: WaitingPrefill, now: float, ageing: float) -> bool:
+    """It has waited `ageing` times as long as its objective allowed."""
+    return now - task.arrival > ageing * max(0.0, task.ttft_deadline - task.arrival)
 
 
 class PrefillOrder:
     """The order of one worker's queue over time: counts who was passed over, and takes turns with the aged.
 
     A turn is one step of the worker (or one task, where tasks run whole). Of any `aged_every` successive turns one goes
-    to the oldest task, if it has aged: a task with k older ones in the queue starts at most (k + 1) * aged_every turns
+    to the oldest task that has aged: a task with k older ones in the queue starts at most (k + 1) * aged_every turns
     after it has aged, plus the turns that those k need in all.
     """
 
     def __init__(self, parameters: OrderParameters) -> None:
         self.parameters = parameters
-        self._num_turns = 0  # since the oldest task, aged, had one
-        self._oldest: WaitingPrefill | None = None
+        self._num_turns = 0  # since the oldest aged task had one
+        self._oldest_aged: WaitingPrefill | None = None
 
     def order(self, queue: Sequence[WaitingPrefill], now: float) -> list[int]:
-        self._oldest = min(queue, key=_ARRIVAL, default=None)
-        if len(queue) < 2:
-            return list(range(len(queue)))
-        aged_turn = self._num_turns >= self.parameters.aged_every - 1
-        return order_prefills(queue, now, self.parameters, aged_turn=aged_turn)
+        if self.parameters.order != "moore_hodgson":
+            return order_prefills(queue, now, self.parameters)
+        oldest = find_oldest_aged(queue, now, self.parameters.ageing)
+        self._oldest_aged = queue[oldest] if oldest is not None else None
+        order = order_moore_hodgson(queue, now)
+        return _put_first(oldest, order) if self._num_turns >= self.parameters.aged_every - 1 else order
 
     def is_strict(self, task: WaitingPrefill, now: float) -> bool:
         """Whether none may pass this task when there is no room for it: always in order of arrival; where tasks are
         served by deadline, smaller ones pass until it has aged."""
-        return self.parameters.order != "moore_hodgson" or self._has_aged(task, now)
+        return self.parameters.order != "moore_hodgson" or has_aged(task, now, self.parameters.ageing)
 
     def note_started(self, queue: Sequence[WaitingPrefill], index: int) -> None:
         """The task at `index` of `queue` starts: those before it have been passed over."""
@@ -167,7 +177,4 @@ class PrefillOrder:
 
     def note_turn(self, first: WaitingPrefill, now: float) -> None:
         """A turn goes to `first`."""
-        self._num_turns = 0 if first is self._oldest and self._has_aged(first, now) else self._num_turns + 1
-
-    def _has_aged(self, task: WaitingPrefill, now: float) -> bool:
-        return now - task.arrival > self.parameters.ageing_s
+        self._num_turns = 0 if first is self._oldest_aged else self._num_turns + 1

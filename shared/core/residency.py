@@ -1,8 +1,10 @@
-"""Which prefill workers hold how much of a session's KV: what the coordinator believes, kept in `Session.resident`.
+"""Which workers hold how much of a session's KV: what the coordinator believes, of the decode worker in `Session.held`,
+of prefill workers in `Session.resident`.
 
-A worker is believed to hold positions [0, n) of the conversation; with n = 0 it has had a prefill of the session and
-may hold something or nothing: nothing counts on it, but the session is dropped there too when it closes. Belief may be
-wrong at any time (reports are repeated and overtake one another): a checksum goes with each task.
+A prefill worker is believed to hold positions [0, n) of the conversation; with n = 0 it has had a prefill of the
+session and may hold something or nothing: nothing counts on it, but the session is dropped there too when it closes.
+Belief may be wrong at any time (reports are repeated and overtake one another, heartbeats are lost): a checksum goes
+with each task, and a decode worker says itself what it has.
 """
 
 from __future__ import annotations
@@ -11,10 +13,20 @@ from collections.abc import Iterable, Sequence
 
 from shared.core.fleet import WorkerState
 from shared.core.records import AttemptStartedEntry, RecordEntry, RoundStartedEntry, WorkerRef
-from shared.core.session import Session
+from shared.core.session import HeldKv, Session
 from shared.core.state import State
 from shared.core.types import SessionKey
-from shared.messages import PrefillEnded, ResidentKv, SessionRef
+from shared.messages import KvHeld, PrefillEnded, ResidentKv
+
+
+def lives_at(session: Session, ref: WorkerRef) -> bool:
+    """Whether it is the session's decode worker: as bound, or, after a restart, as recorded."""
+    return session.binding.worker.ref == ref if session.binding is not None else session.last_decode == ref
+
+
+def find_held(session: Session, ref: WorkerRef) -> HeldKv:
+    """KV that a worker can go on from when the session decodes there: its own, or what it has kept of a prefill."""
+    return session.held if lives_at(session, ref) else HeldKv(session.resident.get(ref, 0))
 
 
 def list_resident(state: State, session: Session) -> dict[str, int]:
@@ -61,12 +73,20 @@ def note_resident(state: State, session: Session, ref: WorkerRef, num_tokens: in
         _add_holder(state, session, ref, num_tokens)
 
 
-def forget_evicted(state: State, worker: WorkerState, evicted: Iterable[SessionRef]) -> None:
-    """The worker made room: sessions whose KV has gone there."""
-    for one in evicted:
-        session = state.sessions.get(SessionKey(one.tenant, one.session))
-        if session is not None and worker.ref in session.resident:
-            session.resident[worker.ref] = 0
+def note_held(state: State, worker: WorkerState, changes: Iterable[KvHeld]) -> None:
+    """What a worker has left of idle sessions, after it made room or brought some of it back.
+
+    KV kept of a prefill only shrinks: a failed round's tokens may be part of what the worker means.
+    """
+    for change in changes:
+        session = state.sessions.get(SessionKey(change.tenant, change.session))
+        if session is None:
+            continue
+        held = HeldKv(max(0, change.num_device_tokens), max(0, change.num_host_tokens)).cut(session.num_tokens)
+        if lives_at(session, worker.ref):
+            session.held = held
+        elif worker.ref in session.resident:
+            session.resident[worker.ref] = min(session.resident[worker.ref], held.num_tokens)
 
 
 def truncate_resident(session: Session) -> None:

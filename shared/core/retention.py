@@ -1,9 +1,9 @@
 """Whose KV goes when a worker runs out of room: the choice among idle sessions.
 
-    lru              the least recently used first
-    ttl              KV is kept for a time predicted from the session's tool times (Continuum, arXiv 2511.02230:
-                     time-to-live); who is past it goes first, oldest first
-    expected_return  ours: who is expected back last, weighed by what bringing its KV back would cost a token
+lru              the least recently used first
+ttl              KV is kept for a time predicted from the session's tool times (Continuum, arXiv 2511.02230:
+                 time-to-live); who is past it goes first, oldest first
+expected_return  ours: who is expected back last, weighed by what bringing its KV back would cost a token
 """
 
 from __future__ import annotations

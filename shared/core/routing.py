@@ -38,7 +38,8 @@ class RoutingParameters:
     chunk: ChunkParameters = field(default_factory=ChunkParameters)
     by_deadline: bool = False  # queues are served on-time rounds first (moore_hodgson), else first come first served
     uncertainty: float = 0.15  # adaptive: standard deviation of a prediction, relative
-    remote_share_cost: float = 0.05  # adaptive: what a remote placement must be better by, in rounds
+    congestion_price: float = 0.1  # adaptive: rounds, for work and backlog of one TTFT objective each
+    detour_cost: float = 0.02  # adaptive: rounds that a remote prefill must be better by, where others decode
 
 
 @dataclass(slots=True, kw_only=True)
@@ -184,6 +185,12 @@ def predict_mixed_prefill(
     if batch == 0 or num_new <= 0:
         return alone_s, 1.0
     context = load.mean_context
+    limit_s = parameters.chunk.itl_share * itl_slo_s
+    if parameters.chunk.chunk == "slack" and num_new <= parameters.chunk.max_prefill_tokens:
+        whole_s = load.costs.step_s(batch, context, ((num_history, num_new),))
+        if whole_s <= limit_s:  # one step: most rounds of agents are so short, and no chunk need be sought
+            whole_s *= load.prefill_correction
+            return whole_s, max(1.0, whole_s / alone_s) if alone_s > 0 else 1.0
     budget = budget_prefill_tokens(
         parameters.chunk, load.costs, batch=batch, mean_context=context, itl_slo_s=itl_slo_s, num_history=num_history
     )
@@ -303,9 +310,7 @@ def _decide_no_worker(view: RoutingView, parameters: RoutingParameters) -> Routi
     return decide(view.decode, estimate_local(view, parameters), "no prefill worker")
 
 
-def _decide_remote(
-    view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, reason: str
-) -> RoutingDecision:
+def _decide_remote(view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, reason: str) -> RoutingDecision:
     return decide(load, estimate_remote(view, load, parameters), reason)
 
 

@@ -17,6 +17,7 @@ from shared.messages import SamplingParams
 class SequenceState(Enum):
     WAITING_KV = "waiting_kv"  # its prefill runs on another worker; its blocks may be read or written by a transfer
     READY = "ready"  # has tokens to compute
+    RESTORING = "restoring"  # as READY, once its KV is back from host memory
     ENDED = "ended"
 
 
@@ -41,6 +42,8 @@ class SessionKv:
     resident: bool = False  # kept for a session bound elsewhere: another worker should have the KV, too
     num_leased: int = 0  # positions that another worker may read although the session is idle
     revoke_lease: Callable[[], object] | None = None  # called once, before any of them is given up
+    lent: bool = False  # to the worker that the session moves to: not to be evicted meanwhile
+    told: tuple[int, int] = (0, 0)  # tokens in the pool, and behind them in host memory, that the coordinator knows of
     gaps: GapStats = field(default_factory=GapStats)
     last_round: int = -1
 
@@ -76,6 +79,11 @@ class Sequence:
     itl_slo_s: float = 0.5
     num_preemptions: int = 0
     first_step_at: float | None = None
+    admitted: bool = False  # its prefill may take room to its end; no longer, once it has been preempted
+
+    @property
+    def has_produced(self) -> bool:
+        return self.kv.num_tokens > self.output_start
 
     def as_waiting(self) -> WaitingPrefill:
         if self.waiting is None:

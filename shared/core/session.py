@@ -29,7 +29,7 @@ from shared.core.routing import RoutingDecision
 from shared.core.stream_output import StreamOutput
 from shared.core.token_bytes import TOKEN_BYTES, count_tokens, last_token, slice_tokens
 from shared.core.types import SessionKey
-from shared.messages import ErrorReply, FinishReason, Slo, Usage
+from shared.messages import ErrorReply, FinishReason, HistoryGranted, Slo, Usage
 
 Phase = Literal[
     "recording",  # the attempt's entry is on its way into the record
@@ -40,6 +40,39 @@ Phase = Literal[
     "reconciling",  # after a restart: for a word from the worker that had the round
     "stopping",  # for the worker's word that nothing more will come
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKv:
+    """KV of a session that a worker is believed to have: positions [0, num_device_tokens), and in its host memory those
+    of the next num_host_tokens."""
+
+    num_device_tokens: int = 0
+    num_host_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_device_tokens + self.num_host_tokens
+
+    def cut(self, num_tokens: int) -> HeldKv:
+        """What it is of the first `num_tokens` positions."""
+        num_device = min(self.num_device_tokens, num_tokens)
+        return HeldKv(num_device, min(self.num_host_tokens, num_tokens - num_device))
+
+
+NOTHING_HELD = HeldKv()
+
+
+@dataclass(slots=True)
+class Move:
+    """The session has left `source` for this attempt, and is to take its KV along (see moving.py)."""
+
+    source: WorkerRef
+    num_known_tokens: int  # there, as is `held`
+    held: HeldKv
+    grant_id: int | None = None  # of the command that asks for the KV
+    granted: HistoryGranted | None = None
+    is_settled: bool = False  # granted, or not to be had
 
 
 @dataclass(slots=True)
@@ -67,6 +100,7 @@ class RoundInFlight:
     avoid: set[str] = field(default_factory=set)  # workers that failed this round
     num_remote_failures: int = 0
     decision: RoutingDecision | None = None
+    move: Move | None = None  # until its first token
     num_prefill_tokens: int = 0  # counted at the worker that prefills
     predicted_prefill_s: float = 0.0  # of them, without the worker's running correction; 0: not predicted
     stop_reason: ErrorReply | None = None
@@ -150,6 +184,7 @@ class Session:
     last_decode: WorkerRef | None = None  # of the newest attempt
 
     binding: Binding | None = None
+    held: HeldKv = NOTHING_HELD  # by the decode worker, as bound or, before this coordinator started, as recorded
     resident: dict[WorkerRef, int] = field(default_factory=dict)  # see residency.py
     opened_at: float = 0.0  # by this coordinator: opened or recovered
     outbox: deque[PendingAppend] = field(default_factory=deque)  # only the first is with the service

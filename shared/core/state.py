@@ -116,7 +116,8 @@ class State:
         key: SessionKey,
         message: WorkerCommand,
         timeout_s: float | None = None,
-    ) -> None:
+    ) -> int:
+        """Command a worker; the command's id."""
         command_id = self.take_id()
         if timeout_s is None:
             timeout_s = self.config.command_timeout_s
@@ -125,6 +126,7 @@ class State:
             round_index, attempt = message.round, message.attempt
         self.pending[command_id] = PendingCommand(key, round_index, attempt, worker, message, timeout_s)
         self.emit(SendToWorker(command_id=command_id, worker_id=worker.worker_id, message=message, timeout_s=timeout_s))
+        return command_id
 
     # ---------------------------------------------------------------- sessions
 
@@ -213,6 +215,9 @@ class State:
         if session is None:
             return False
         if ref in session.resident:
+            return True
+        running = session.in_flight
+        if running is not None and running.move is not None and running.move.source == ref:
             return True
         return session.binding.worker.ref == ref if session.binding is not None else session.last_decode == ref
 

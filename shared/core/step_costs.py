@@ -14,7 +14,7 @@ PREFILL_STEP_TOKENS = 8_192  # T_pre of more tokens is the sum of steps of this 
 class PiecewiseLinear:
     """y(x) through ascending points; beyond the ends the nearest piece goes on, never below 0."""
 
-    __slots__ = ("_slopes", "_xs", "_ys")
+    __slots__ = ("_cuts", "_offsets", "_slopes", "_xs", "_ys")
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
         self._xs = [float(x) for x in xs]
@@ -23,18 +23,16 @@ class PiecewiseLinear:
             (y1 - y0) / (x1 - x0)
             for x0, x1, y0, y1 in zip(self._xs, self._xs[1:], self._ys, self._ys[1:], strict=False)
         ]
+        self._offsets = [y - x * slope for x, y, slope in zip(self._xs, self._ys, self._slopes, strict=False)]
+        self._cuts = self._xs[1:-1]  # the first and the last piece have no end
 
     @classmethod
     def of(cls, curve: Curve) -> PiecewiseLinear:
         return cls(curve.at, curve.s)
 
     def __call__(self, x: float) -> float:
-        index = bisect_right(self._xs, x) - 1
-        if index < 0:
-            index = 0
-        elif index >= len(self._slopes):
-            index = len(self._slopes) - 1
-        y = self._ys[index] + (x - self._xs[index]) * self._slopes[index]
+        index = bisect_right(self._cuts, x)
+        y = self._offsets[index] + x * self._slopes[index]
         return y if y > 0.0 else 0.0
 
     def inverse(self, y: float) -> float:
@@ -50,37 +48,60 @@ class PiecewiseLinear:
 
 
 class Bilinear:
-    """y(row, column): linear between rows of piecewise-linear curves."""
+    """y(row, column): bilinear in every cell of a grid; the cells at the edges go on beyond it, never below 0.
 
-    __slots__ = ("_curves", "_rows")
+    A cell is its four coefficients: y = a + b * column + row * (c + d * column).
+    """
+
+    __slots__ = ("_cells", "_column_cuts", "_row_cuts")
 
     def __init__(self, grid: Grid) -> None:
-        self._rows = [float(row) for row in grid.rows]
-        self._curves = [PiecewiseLinear(grid.columns, row) for row in grid.s]
+        self._row_cuts = [float(row) for row in grid.rows[1:-1]]
+        self._column_cuts = [float(column) for column in grid.columns[1:-1]]
+        self._cells = [
+            [_fit_cell(grid, row, column) for column in range(len(grid.columns) - 1)]
+            for row in range(len(grid.rows) - 1)
+        ]
 
     def __call__(self, row: float, column: float) -> float:
-        rows = self._rows
-        index = bisect_right(rows, row) - 1
-        if index < 0:
-            index = 0
-        elif index >= len(rows) - 1:
-            index = len(rows) - 2
-        low = self._curves[index](column)
-        high = self._curves[index + 1](column)
-        y = low + (high - low) * (row - rows[index]) / (rows[index + 1] - rows[index])
+        a, b, c, d = self._cells[bisect_right(self._row_cuts, row)][bisect_right(self._column_cuts, column)]
+        y = a + b * column + row * (c + d * column)
         return y if y > 0.0 else 0.0
+
+
+def _fit_cell(grid: Grid, row: int, column: int) -> tuple[float, float, float, float]:
+    """Coefficients of the bilinear function through the corners of the cell that begins at (row, column)."""
+    (r0, r1), (c0, c1) = grid.rows[row : row + 2], grid.columns[column : column + 2]
+    (y00, y01), (y10, y11) = (one[column : column + 2] for one in grid.s[row : row + 2])
+    low_slope, high_slope = (y01 - y00) / (c1 - c0), (y11 - y10) / (c1 - c0)
+    low_offset, high_offset = y00 - low_slope * c0, y10 - high_slope * c0
+    c, d = (high_offset - low_offset) / (r1 - r0), (high_slope - low_slope) / (r1 - r0)
+    return low_offset - c * r0, low_slope - d * r0, c, d
 
 
 class StepCosts:
     """Durations on one worker in seconds. `scale` multiplies every computed time (a running correction, a what-if)."""
 
-    __slots__ = ("attend", "decode_attend", "host_bytes_per_s", "kv_bytes_per_token", "latency_s", "linear",
-                 "link_bytes_per_s", "node_bytes_per_s", "num_kv_tokens", "parallel_degree", "scale")  # fmt: skip
+    __slots__ = (
+        "attend",
+        "attend_floor_s",
+        "decode_attend",
+        "host_bytes_per_s",
+        "kv_bytes_per_token",
+        "latency_s",
+        "linear",
+        "link_bytes_per_s",
+        "node_bytes_per_s",
+        "num_kv_tokens",
+        "parallel_degree",
+        "scale",
+    )
 
     def __init__(self, degree: DegreeProfile, links: Links, kv_bytes_per_token: int, *, scale: float = 1.0) -> None:
         self.linear = PiecewiseLinear.of(degree.linear)
         self.attend = Bilinear(degree.prefill_attention)
         self.decode_attend = Bilinear(degree.decode_attention)
+        self.attend_floor_s = self.attend(0, 1)
         self.parallel_degree = degree.parallel_degree
         self.num_kv_tokens = degree.num_kv_tokens
         self.kv_bytes_per_token = kv_bytes_per_token
@@ -102,12 +123,16 @@ class StepCosts:
         return self.scale * (self.linear(batch) + self.decode_attend(batch, mean_context))
 
     def step_s(self, batch: int, mean_context: float, chunks: Sequence[tuple[int, int]]) -> float:
-        """A mixed step: `batch` decodes and prefill chunks (history tokens, chunk tokens)."""
+        """A mixed step: `batch` decodes and prefill chunks (history tokens, chunk tokens).
+
+        The attention of all chunks is one launch: what even one token takes is counted once.
+        """
         num_tokens = batch
         attention_s = self.decode_attend(batch, mean_context) if batch else 0.0
-        for history, chunk in chunks:
+        for index, (history, chunk) in enumerate(chunks):
             num_tokens += chunk
-            attention_s += self.attend(history, chunk)
+            attended_s = self.attend(history, chunk)
+            attention_s += attended_s if index == 0 else max(0.0, attended_s - self.attend_floor_s)
         return self.scale * (self.linear(num_tokens) + attention_s) if num_tokens else 0.0
 
     def prefill_s(self, num_history: int, num_new: int) -> float:
@@ -123,13 +148,27 @@ class StepCosts:
 
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""
+        linear, attend = self.linear, self.attend
         rest_s = budget_s / self.scale - (self.decode_attend(batch, mean_context) if batch else 0.0)
-        high = int(self.linear.inverse(rest_s)) - batch  # more cannot fit, attention aside
-        low = 0
-        while high - low > CHUNK_STEP:
-            chunk = (low + high + 1) // 2
-            if self.linear(batch + chunk) + self.attend(num_history, chunk) <= rest_s:
-                low = chunk
+        low, high = 0, int(linear.inverse(rest_s)) - batch  # more cannot fit, attention aside
+        if high <= 0:
+            return 0
+        over_low = linear(batch) + attend(num_history, 0) - rest_s
+        over_high = linear(batch + high) + attend(num_history, high) - rest_s
+        if over_low > 0.0:
+            return 0
+        if over_high <= 0.0:
+            return high
+        was_low: bool | None = None
+        while high - low > CHUNK_STEP:  # false position; the end that stays twice counts half (the Illinois method)
+            chunk = low + int((high - low) * over_low / (over_low - over_high))
+            chunk = min(max(chunk, low + 1), high - 1)
+            over = linear(batch + chunk) + attend(num_history, chunk) - rest_s
+            if over <= 0.0:
+                low, over_low = chunk, over
+                over_high *= 0.5 if was_low is True else 1.0
             else:
-                high = chunk - 1
+                high, over_high = chunk, over
+                over_low *= 0.5 if was_low is False else 1.0
+            was_low = over <= 0.0
         return low

@@ -18,7 +18,7 @@ from shared.core.events import HeartbeatSeen, StreamSeen, WorkerReported
 from shared.core.fleet import WorkerState
 from shared.core.records import RoundEndedEntry, WorkerRef
 from shared.core.recovery import reconcile_rounds
-from shared.core.residency import forget_evicted, note_prefilled
+from shared.core.residency import note_held, note_prefilled
 from shared.core.session import RoundInFlight, Session
 from shared.core.staging import begin_staging, on_kv_staged
 from shared.core.state import State
@@ -34,7 +34,7 @@ def on_heartbeat(state: State, event: HeartbeatSeen) -> None:
         lose_worker(state, replaced)
     if worker is None:
         return
-    forget_evicted(state, worker, event.heartbeat.evicted)
+    note_held(state, worker, event.heartbeat.kv_held)
     drops = worker.owed_drops | state.early_drops.pop(worker.ref, set())
     worker.owed_drops = set()
     for key in sorted(drops):

@@ -7,6 +7,7 @@ of the sequences in it must not change hands: `remove` waits for the step to end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,6 +49,8 @@ class StepRunner(Protocol):
     def step(self, items: Sequence[StepItem]) -> list[int | None]: ...
 
 
+ROOM_RETRY_S = 0.1  # who waits for room looks again after this long, whether or not something has ended
+
 TokenHandler = Callable[[RunningSequence, int], None]
 
 
@@ -66,6 +69,9 @@ class EngineLoop:
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
         self.host_tier: HostTier | None = None
+        self._restoring: dict[RunningSequence, asyncio.Task[None]] = {}
+        self._failure: Exception | None = None  # of one of them
+        self._room = asyncio.Event()
         self._host_read_s: Callable[[int], float] | None = None
 
     def follow(
@@ -110,20 +116,27 @@ class EngineLoop:
     def finish(self, sequence: RunningSequence) -> None:
         """End a sequence from its own token handler, that is between steps."""
         assert sequence not in self._in_step
+        assert sequence not in self._restoring
         if sequence.state is not SequenceState.ENDED:
             del self._handlers[sequence.key]
             self.scheduler.remove(sequence, self.clock())
-        self._work.set()
+        self.wake()
 
     async def remove(self, sequence: RunningSequence) -> None:
-        """End a sequence from anywhere: returns once no forward pass touches its blocks."""
-        while sequence in self._in_step:
-            await self._step_ended.wait()
+        """End a sequence from anywhere: returns once nothing touches its blocks."""
+        while True:
+            if sequence in self._in_step:
+                await self._step_ended.wait()
+            elif sequence in self._restoring:
+                await asyncio.wait([self._restoring[sequence]])
+            else:
+                break
         self.finish(sequence)
 
     def wake(self) -> None:
         """Blocks have become free: a step that could not run may now."""
         self._work.set()
+        self._room.set()
 
     async def reserve(self, kv: SessionKv, num_tokens: int, arrival: float) -> bool:
         """Blocks for positions [0, num_tokens), preempting if need be, at a moment when no forward pass runs."""
@@ -134,6 +147,27 @@ class EngineLoop:
     def reserve_idle(self, kv: SessionKv, num_tokens: int, *, evict: bool = True) -> bool:
         """Blocks for positions [0, num_tokens), from what no running sequence holds; may be called during a step."""
         return self.scheduler.reserve(kv, num_tokens, now=self.clock(), evict=evict)
+
+    async def reserve_soon(
+        self, kv: SessionKv, num_tokens: int, timeout_s: float, is_wanted: Callable[[], bool]
+    ) -> bool:
+        """As reserve_idle, waiting up to timeout_s for the room; False also as soon as it is no longer wanted."""
+        until = self.clock() + timeout_s
+        while is_wanted():
+            if self.reserve_idle(kv, num_tokens):
+                return True
+            remaining_s = until - self.clock()
+            if remaining_s <= 0:
+                break
+            self._room.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(remaining_s, ROOM_RETRY_S)):
+                    await self._room.wait()
+        return False
+
+    def count_restorable(self, kv: SessionKv) -> int:
+        """Tokens in host memory that can be put behind the KV that the session has in the pool."""
+        return self.host_tier.count_restorable(kv) if self.host_tier is not None else 0
 
     async def restore(self, kv: SessionKv, max_tokens: int) -> int:
         """Bring an idle session's KV back from host memory, as far as position `max_tokens`; how many tokens came.
@@ -171,7 +205,11 @@ class EngineLoop:
         loop = asyncio.get_running_loop()
         try:
             while True:
+                if self._failure is not None:
+                    raise self._failure
                 planned = self.scheduler.plan_step(self.clock())
+                for sequence in self.scheduler.take_restores():
+                    self._restoring[sequence] = asyncio.create_task(self._restore_running(sequence), name="restore")
                 if not planned:
                     self._work.clear()
                     await self._work.wait()
@@ -192,6 +230,18 @@ class EngineLoop:
                 await asyncio.sleep(0)
         finally:
             self._executor.shutdown(wait=True, cancel_futures=True)
+            await asyncio.gather(*self._restoring.values(), return_exceptions=True)
+
+    async def _restore_running(self, sequence: RunningSequence) -> None:
+        """A preempted or waiting sequence's KV comes back into the blocks that it was given for it."""
+        try:
+            await self.restore(sequence.kv, sequence.kv.num_tokens - 1)
+        except Exception as error:  # `run` raises it
+            self._failure = error
+        finally:
+            del self._restoring[sequence]
+            sequence.state = SequenceState.READY
+            self._work.set()
 
     def _step_item(self, item: PlannedItem) -> StepItem:
         kv, sequence = item.sequence.kv, item.sequence

@@ -75,6 +75,15 @@ class HostTier:
     def holds(self, kv: SessionKv) -> bool:
         return kv in self._entries
 
+    def count_restorable(self, kv: SessionKv) -> int:
+        entry = self._entries.get(kv)
+        return entry.num_tokens - kv.num_kv if entry is not None and self._is_usable(entry, kv) else 0
+
+    def _is_usable(self, entry: HostKv, kv: SessionKv) -> bool:
+        """It goes on where the KV in the pool ends, and is of the same tokens."""
+        joins = entry.first_block * self._block_size <= kv.num_kv < entry.num_tokens
+        return joins and kv.identify(entry.identity[0]) == entry.identity
+
     # -------------------------------------------------------------------------------- from the pool
 
     def save(self, kv: SessionKv, num_kept: int, now: float) -> None:
@@ -107,10 +116,12 @@ class HostTier:
         return aligned and behind.first_block == stop_block and kv.identify(behind.identity[0]) == behind.identity
 
     def _make_room(self, num_buffers: int, now: float) -> None:
-        while len(self._free) < num_buffers and self._entries:
-            victim = choose_victim((self._describe(kv, entry) for kv, entry in self._entries.items()), now,
-                                   self._retention)  # fmt: skip
-            assert victim is not None
+        """At the cost of idle sessions: what a preempted round has here it needs soon."""
+        while len(self._free) < num_buffers:
+            idle = (self._describe(kv, entry) for kv, entry in self._entries.items() if kv.sequence is None)
+            victim = choose_victim(idle, now, self._retention)
+            if victim is None:
+                return
             entry = self._entries[victim.key]
             keep = max(0, len(entry.buffers) - (num_buffers - len(self._free)))
             self._free += entry.buffers[keep:]
@@ -131,8 +142,7 @@ class HostTier:
         entry = self._entries.pop(kv, None)
         if entry is None:
             return None
-        usable = entry.first_block * self._block_size <= kv.num_kv < entry.num_tokens
-        if not usable or kv.identify(entry.identity[0]) != entry.identity:
+        if not self._is_usable(entry, kv):
             self.release(entry)
             return None
         self._taken.append(entry)

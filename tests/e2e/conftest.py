@@ -14,7 +14,8 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.local import ClusterOptions, LocalCluster
+from services.cluster_options import ClusterOptions
+from services.local import LocalCluster
 from shared.client import AmpdClient, ClientSession
 from shared.engine.model_files import resolve_model
 from shared.messages import Heartbeat, StopConditions

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import services.local
+from shared.core.policies import POLICIES, find_policy
 
 
 async def play_all(cluster: Any, planned_sessions: Any, play_session: Callable[..., Awaitable[list[str]]]) -> list[str]:
@@ -53,4 +58,43 @@ async def test_several_workers_of_each_kind(start_cluster: Any, planned_sessions
 async def test_no_prefill_worker_at_all(start_cluster: Any, planned_sessions: Any, play_session: Any) -> None:
     cluster = await start_cluster(policy="ampd", num_prefill=0)
     assert set(await play_all(cluster, planned_sessions, play_session)) == {"local"}
+    await cluster.assert_everything_returned()
+
+
+RUN_SERVICE = Path(__file__).parents[1] / "policies" / "run_service.py"
+
+
+@pytest.fixture
+def forced_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a cluster know the policies of tests/policies; here their names suffice."""
+    start = services.local.ServiceProcess
+
+    def start_knowing(name: str, argv: list[str], *rest: Any) -> Any:
+        assert argv[1] == "-m"
+        return start(name, [sys.executable, str(RUN_SERVICE), *argv[2:]], *rest)
+
+    monkeypatch.setattr(services.local, "ServiceProcess", start_knowing)
+    for name in ("moving", "mixed"):
+        monkeypatch.setitem(POLICIES, name, find_policy("adaptive"))
+
+
+@pytest.mark.usefixtures("forced_policies")
+@pytest.mark.parametrize(
+    "roles", [{"num_prefill": 0, "num_decode": 3}, {"num_prefill": 1, "num_decode": 1, "num_both": 1}]
+)
+async def test_sessions_that_move(
+    roles: dict[str, int], start_cluster: Any, planned_sessions: Any, play_session: Any
+) -> None:
+    """Every later round elsewhere than the one before, its KV after it; with prefill workers some rounds remote."""
+    cluster = await start_cluster(policy="mixed" if roles["num_prefill"] else "moving", **roles)
+    placements = await play_all(cluster, planned_sessions, play_session)
+    counters = (await cluster.client.status()).counters
+    num_later = len(placements) - len(planned_sessions)
+    if roles["num_prefill"]:
+        assert set(placements) == {"local", "remote"}
+        assert 0 < counters["moves"] < num_later
+    else:
+        assert counters["moves"] == num_later
+    assert "moves_without_kv" not in counters
+    assert "attempts_failed" not in counters
     await cluster.assert_everything_returned()

@@ -18,6 +18,7 @@ from shared.messages import (
     GrantHistory,
     Heartbeat,
     HistoryGranted,
+    KvHeld,
     KvSource,
     KvStaged,
     Message,
@@ -31,7 +32,6 @@ from shared.messages import (
     RoundTokens,
     RunRound,
     RunRoundAck,
-    SessionRef,
     StageKv,
     StopConditions,
     Usage,
@@ -79,6 +79,7 @@ class SimRun:
     ended: RoundEnded | None = None
     stopped: bool = False
     prefilled: bool = False
+    num_moved: int = 0
 
 
 @dataclass(eq=False)
@@ -120,7 +121,8 @@ class SimWorker:
         self.ended_tasks: set[tuple[SessionKey, int, int]] = set()
         self.resident: dict[SessionKey, SimResident] = {}
         self.staging: dict[SessionKey, StageKv] = {}
-        self.evicted: list[SessionRef] = []
+        self.gone: list[KvHeld] = []
+        self.granted: dict[int, SessionKey] = {}  # leases on the KV of sessions that move, until it has been read
         self.num_reused_tokens = 0
         self.num_staged_tokens = 0
         self.heartbeat_seq = 0
@@ -135,7 +137,7 @@ class SimWorker:
 
     def heartbeat(self) -> Heartbeat:
         self.heartbeat_seq += 1
-        evicted, self.evicted = tuple(self.evicted), []
+        gone, self.gone = tuple(self.gone), []
         return Heartbeat(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -163,7 +165,7 @@ class SimWorker:
             kv_bytes_per_s=1e9,
             draining=self.draining,
             num_resident_tokens=sum(resident.num_tokens for resident in self.resident.values()),
-            evicted=evicted,
+            kv_held=gone,
         )
 
     # ------------------------------------------------------------------------- commands
@@ -222,7 +224,10 @@ class SimWorker:
         prompt_length = message.num_history_tokens + message.num_input_tokens
         session.run = run = SimRun(message, session.num_kv, tokens[prompt_length:])
         assert find_finish_reason(run.output, message.stop) is None, "the worker itself ends the round"
-        if message.remote is None:
+        assert message.source is None or message.remote is None, "a session that moves is prefilled where it goes"
+        if message.source is not None:
+            self.later(STAGE_S, lambda: self._fetch_moved(session, run))
+        elif message.remote is None:
             self.later(PREFILL_S, lambda: self._begin_decode(session, run))
         elif session.num_kv > 0:
             run.lease = KvSource(
@@ -234,6 +239,28 @@ class SimWorker:
                 ttl_s=15.0,
             )
         return self._acknowledge(run, "started")
+
+    def _fetch_moved(self, session: SimSession, run: SimRun) -> None:
+        """Read the KV from the worker that the session comes from, if it still has just that; then prefill."""
+        message = run.message
+        assert message.source is not None
+        key, num_tokens = SessionKey(message.tenant, message.session), message.num_source_tokens
+        source = self.cluster.workers.get(message.source.worker_id)
+        if source is not None and source.lend(message.source, key, session.tokens[:num_tokens], self.cluster):
+            run.num_moved = max(0, min(num_tokens, len(session.tokens) - 1) - session.num_kv)
+            run.num_cached = session.num_kv = session.num_kv + run.num_moved
+            self.cluster.num_moved_tokens += run.num_moved
+        elif not run.stopped:
+            self.cluster.num_failed_moves += 1
+        self.later(PREFILL_S, lambda: self._begin_decode(session, run))
+
+    def lend(self, lease: KvSource, key: SessionKey, tokens: list[int], cluster: SimCluster) -> bool:
+        """Whether the KV of these tokens can be read here: once."""
+        session = self.sessions.get(key)
+        is_granted = lease.incarnation == self.incarnation and self.granted.pop(lease.lease_id, None) == key
+        if session is None or not is_granted or cluster.data_plane_is_cut():
+            return False
+        return session.num_kv >= len(tokens) and session.tokens[: len(tokens)] == tokens
 
     def _acknowledge(self, run: SimRun, state: str) -> RunRoundAck:
         return RunRoundAck(
@@ -262,11 +289,13 @@ class SimWorker:
 
     def forget_kv(self) -> None:
         """Memory pressure: KV and tokens of idle sessions go, and what is kept for others."""
-        self.evicted += [SessionRef(tenant=key.tenant, session=key.session) for key in self.resident]
+        gone = list(self.resident)
         self.resident.clear()
         for key, session in list(self.sessions.items()):
             if session.run is None or session.run.ended is not None:
                 del self.sessions[key]
+                gone.append(key)
+        self.gone += [KvHeld(tenant=key.tenant, session=key.session, num_device_tokens=0) for key in gone]
 
     # --------------------------------------------------------------------------- decode
 
@@ -319,6 +348,8 @@ class SimWorker:
             prefill="remote" if message.remote else "local",
             prefill_worker=message.remote.worker_id if message.remote else self.worker_id,
             decode_worker=self.worker_id,
+            moved_from=message.source.worker_id if message.source is not None else "",
+            num_moved_tokens=run.num_moved,
         )
         run.lease = None
         run.ended = RoundEnded(
@@ -443,10 +474,13 @@ class SimWorker:
             generation=1,
             ttl_s=15.0,
         )
+        if message.hold:
+            self.granted[history.lease_id] = SessionKey(message.tenant, message.session)
         return HistoryGranted(num_tokens=min(message.num_tokens, session.num_kv), history=history)
 
     def _stage_kv(self, message: StageKv) -> Message:
-        assert message.incarnation == self.incarnation
+        if message.incarnation != self.incarnation:
+            return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
         assert message.resident is None or message.resident.num_tokens < message.num_tokens
         key = SessionKey(message.tenant, message.session)
         self.staging[key] = message

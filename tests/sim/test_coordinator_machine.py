@@ -9,12 +9,12 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from moving_policy import MIXED, MOVING, configure
 from sim_client import PlannedRound
 from sim_cluster import Faults, SimCluster
 from sim_worker import SimWorker
 
-from shared.core.coordinator_config import CoordinatorConfig
-from shared.core.policies import POLICIES
+from shared.core.policies import POLICIES, SchedulingPolicy
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
 
@@ -24,12 +24,12 @@ MAX_WORKERS, MAX_SESSIONS = 5, 4
 class CoordinatorMachine(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**32),
-        policy=st.sampled_from(sorted(POLICIES)),
+        policy=st.sampled_from([*POLICIES.values(), MOVING, MIXED]),
         num_prefill=st.integers(0, 2),
         num_decode=st.integers(1, 2),
     )
-    def start(self, seed: int, policy: str, num_prefill: int, num_decode: int) -> None:
-        self.cluster = SimCluster(seed=seed, config=CoordinatorConfig(policy=policy, min_staged_tokens=1))
+    def start(self, seed: int, policy: SchedulingPolicy, num_prefill: int, num_decode: int) -> None:
+        self.cluster = SimCluster(seed=seed, config=configure(policy, min_staged_tokens=1))
         for number in range(num_decode):
             self.cluster.add_worker(f"decode-{number}", "decode")
         for number in range(num_prefill):

@@ -1,8 +1,8 @@
-"""Modules that several unit tests share lie beside them; test folders are no packages."""
+"""Modules that several unit tests share lie beside them, policies in a folder of their own; none is a package."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "policies")]

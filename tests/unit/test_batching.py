@@ -175,7 +175,7 @@ def test_prefills_go_in_the_order_of_the_policy() -> None:
 def test_who_has_aged_gets_a_turn_among_those_in_time() -> None:
     """Newcomers that are always in time would keep a late prefill waiting for ever: it gets every third step."""
     scheduler = make_scheduler(num_blocks=200)
-    follow(scheduler, order="moore_hodgson", ageing_s=1.0, aged_every=3)
+    follow(scheduler, order="moore_hodgson", ageing=1.0, aged_every=3)
     aged = with_deadline(add_session(scheduler, "aged", 40), 0.001)
     num_steps = 0
     while aged.state is not SequenceState.ENDED:
@@ -210,7 +210,7 @@ def test_a_smaller_prefill_passes_only_by_deadline_and_nobody_that_has_aged(
     order: OrderName, now: float, num_items: int
 ) -> None:
     scheduler = make_scheduler(num_blocks=17, prefill=100)
-    follow(scheduler, order=order, ageing_s=10.0)
+    follow(scheduler, order=order, ageing=0.4)
     with_deadline(add_session(scheduler, "running", 40, 0.0), 30.0)
     with_deadline(add_session(scheduler, "large", 40, 1.0), 40.0)
     with_deadline(add_session(scheduler, "small", 8, 2.0), 50.0)
@@ -382,3 +382,161 @@ def test_truncate_keeps_the_block_of_the_last_kept_token() -> None:
     scheduler.truncate(sequence.kv, 5)
     assert (sequence.kv.num_kv, sequence.kv.block_table) == (5, kept)
     assert sequence.kv.tokens[:10] == array("i", range(10))
+
+
+# ------------------------------------------------------------------------- pressure on the memory
+
+
+class FakeTier:
+    """A lower tier that remembers how much of each session was saved; `restore` puts it back."""
+
+    def __init__(self) -> None:
+        self.saved: dict[SessionKv, int] = {}
+
+    def save(self, kv: SessionKv, num_kept: int, now: float) -> None:
+        assert kv.num_kv > num_kept
+        assert len(kv.block_table) * 4 >= kv.num_kv, "the blocks are still there"
+        self.saved[kv] = kv.num_kv
+
+    def drop(self, kv: SessionKv) -> None:
+        self.saved.pop(kv, None)
+
+    def holds(self, kv: SessionKv) -> bool:
+        return kv in self.saved
+
+    def count_restorable(self, kv: SessionKv) -> int:
+        return max(0, self.saved.get(kv, 0) - kv.num_kv)
+
+    def check_integrity(self, sessions: object) -> None:
+        pass
+
+    def restore_all(self, scheduler: Scheduler) -> list[Sequence]:
+        restored = scheduler.take_restores()
+        for sequence in restored:
+            assert sequence.state is SequenceState.RESTORING
+            target = min(self.saved.pop(sequence.kv), sequence.kv.num_tokens - 1)
+            assert len(sequence.kv.block_table) * 4 >= target, "the blocks are there before the KV"
+            sequence.kv.num_kv = target
+            sequence.state = SequenceState.READY
+        return restored
+
+
+def test_a_preempted_round_comes_back_from_the_lower_tier_and_is_due_at_once() -> None:
+    scheduler, tier = make_scheduler(num_blocks=9, prefill=40), FakeTier()
+    follow(scheduler, order="moore_hodgson")
+    scheduler.lower_tier = tier
+    old, young = add_session(scheduler, "old", 15, 0.0), add_session(scheduler, "young", 15, 1.0)
+    while young.num_preemptions == 0:
+        run_step(scheduler)
+    saved = tier.saved[young.kv]
+    assert (young.kv.num_kv, young.kv.block_table) == (0, [])
+    assert saved == young.kv.num_tokens - 1, "nothing of it was computed in vain"
+    assert 0.2 < young.as_waiting().ttft_deadline < 1.0, "its client waits for the next token"
+    assert not young.admitted
+    scheduler.remove(old, 0.0)
+    assert run_step(scheduler) == [], "its KV is on its way"
+    assert tier.restore_all(scheduler) == [young]
+    assert [(item.sequence, item.num_tokens) for item in run_step(scheduler)] == [(young, 1)]
+
+
+def test_without_a_lower_tier_no_prefill_is_thrown_away_for_a_more_urgent_one() -> None:
+    scheduler = make_scheduler(num_blocks=17, prefill=16)
+    follow(scheduler, order="moore_hodgson")
+    first = with_deadline(add_session(scheduler, "first", 40, 0.0), 50.0)
+    run_step(scheduler)
+    urgent = with_deadline(add_session(scheduler, "urgent", 40, 1.0), 10.0)
+    run_step(scheduler)
+    assert (first.num_preemptions, urgent.kv.num_kv) == (0, 0)
+
+
+def test_one_further_behind_in_the_order_yields_its_room_and_keeps_its_kv_below() -> None:
+    """`first` has begun and is the oldest, but due last: `urgent` takes its place, and its work is not lost."""
+    scheduler, tier = make_scheduler(num_blocks=17, prefill=16), FakeTier()
+    follow(scheduler, order="moore_hodgson")
+    scheduler.lower_tier = tier
+    first = with_deadline(add_session(scheduler, "first", 40, 0.0), 50.0)
+    run_step(scheduler)
+    urgent = with_deadline(add_session(scheduler, "urgent", 40, 1.0), 10.0)
+    assert [item.sequence for item in run_step(scheduler)] == [urgent]
+    assert (first.num_preemptions, tier.saved[first.kv], first.admitted) == (1, 16, False)
+    while urgent.kv.num_missing > 1:
+        assert run_step(scheduler), "one of them always goes on"
+    scheduler.remove(urgent, 0.0)
+    while not scheduler._restores:
+        run_step(scheduler)
+    assert tier.restore_all(scheduler) == [first]
+    assert [item.num_tokens for item in run_step(scheduler)] == [16], "only what was not computed before"
+
+
+def test_who_has_aged_keeps_its_room() -> None:
+    scheduler, tier = make_scheduler(num_blocks=17, prefill=16), FakeTier()
+    follow(scheduler, order="moore_hodgson", ageing=1.0)
+    scheduler.lower_tier = tier
+    aged = with_deadline(add_session(scheduler, "aged", 40, 0.0), 0.001)
+    run_step(scheduler)
+    with_deadline(add_session(scheduler, "urgent", 40, 1.0), 10.0)
+    items = scheduler.plan_step(1.0)
+    assert [item.sequence for item in items] == [aged]
+    assert aged.num_preemptions == 0
+
+
+def test_nobody_yields_in_vain() -> None:
+    scheduler, tier = make_scheduler(num_blocks=17, prefill=16), FakeTier()
+    follow(scheduler, order="moore_hodgson")
+    scheduler.lower_tier = tier
+    blocker = add_session(scheduler, "blocker", 28, -1.0)
+    run_step(scheduler)
+    blocker.state = SequenceState.WAITING_KV  # its blocks are a transfer's
+    small = with_deadline(add_session(scheduler, "small", 24, 0.0), 50.0)
+    run_step(scheduler)
+    with_deadline(add_session(scheduler, "large", 60, 1.0), 10.0)
+    run_step(scheduler)
+    assert small.num_preemptions == 0, "its room would not have been enough"
+
+
+def test_when_nothing_else_goes_on_the_oldest_prefill_gets_its_room() -> None:
+    """Two that were admitted and have lost room to decodes: neither fits, and both would wait for ever."""
+    scheduler = make_scheduler(num_blocks=17, prefill=16)
+    follow(scheduler, order="moore_hodgson")
+    old = with_deadline(add_session(scheduler, "old", 60, 0.0), -1.0)
+    young = with_deadline(add_session(scheduler, "young", 60, 1.0), 50.0)
+    scheduler.reserve(young.kv, 16)
+    young.kv.num_kv, old.admitted, young.admitted = 16, False, False
+    for _ in range(20):
+        run_step(scheduler)
+        if old.kv.num_missing == 1 or young.kv.num_missing == 1:
+            return
+    raise AssertionError("neither has got on")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rounds=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=2, max_size=8),
+    num_blocks=st.integers(13, 30),
+    chunk=st.integers(1, 16),
+    order=st.sampled_from(["fcfs", "moore_hodgson"]),
+    deadlines=st.lists(st.floats(0.0, 100.0), min_size=8, max_size=8),
+)
+def test_with_a_lower_tier_every_round_ends_and_no_token_is_computed_twice(
+    rounds: list[tuple[int, int]], num_blocks: int, chunk: int, order: OrderName, deadlines: list[float]
+) -> None:
+    scheduler, tier = make_scheduler(num_blocks=num_blocks, chunk=chunk, prefill=2 * chunk), FakeTier()
+    follow(scheduler, order=order)
+    scheduler.lower_tier = tier
+    running = []
+    for index, (prompt, outputs) in enumerate(rounds):
+        sequence = with_deadline(add_session(scheduler, str(index), prompt, float(index)), deadlines[index])
+        running.append((sequence, outputs))
+    num_computed = 0
+    for _ in range(3000):
+        num_computed += sum(item.num_tokens for item in run_step(scheduler))
+        tier.restore_all(scheduler)
+        scheduler.check_integrity()
+        for sequence, outputs in list(running):
+            if sequence.kv.num_tokens - sequence.output_start >= outputs:
+                scheduler.remove(sequence, 0.0)
+                running.remove((sequence, outputs))
+        if not running:
+            break
+    assert not running
+    assert num_computed == sum(prompt + outputs - 1 for prompt, outputs in rounds)

@@ -13,7 +13,7 @@ import pytest
 from services import cli
 from services.cli import build_parser, main, split_at_double_dash
 
-COMMANDS = ("up", "run", "status", "chat")
+COMMANDS = ("up", "run", "status", "explain", "chat", "simulate", "profile")
 
 
 @pytest.fixture

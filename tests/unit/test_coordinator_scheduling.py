@@ -26,12 +26,12 @@ from shared.messages import (
     ExplainSession,
     GrantHistory,
     HistoryGranted,
+    KvHeld,
     KvStaged,
     OpenSession,
     PrefillTask,
     ResidentKv,
     RunRound,
-    SessionRef,
     Slo,
     StageKv,
     pack_token_ids,
@@ -296,7 +296,8 @@ def test_the_next_attempt_claims_what_the_one_before_left_but_never_the_last_tok
 
 def test_evictions_and_losses_are_believed(keeping: Driver) -> None:
     keeping.play_remote_round([1, 2, 3], [4], cached=0, resident=3)
-    keeping.beat("p", seq=1, evicted=(SessionRef(tenant="t", session="s"), SessionRef(tenant="t", session="gone")))
+    gone = KvHeld(tenant="t", session="gone", num_device_tokens=0)
+    keeping.beat("p", seq=1, kv_held=(KvHeld(tenant="t", session="s", num_device_tokens=0), gone))
     assert resident(keeping) == {PREFILL_AT_P: 0}
     assert keeping.play_remote_round([5], [6], cached=3, resident=5).resident is None
     assert resident(keeping) == {PREFILL_AT_P: 5}
@@ -452,7 +453,7 @@ def refused_after(driver: Driver, ttft_s: float, num_tokens: int) -> Any:
 
 
 def test_a_first_round_that_would_wait_far_past_its_objective_is_refused_with_a_hint() -> None:
-    driver = Driver(policy="adaptive", kv_overcommit=100.0)
+    driver = Driver(policy="adaptive", kv_overcommit=100.0, admission_factor=3.0)
     driver.beat("d", prefill_tokens_per_s=100.0)
     queued(driver, 10, 100)  # ten seconds of work
     reply = refused_after(driver, 2.0, 250)  # late by itself: it would come last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from collections.abc import AsyncIterator
@@ -13,7 +12,8 @@ from coordinator_driver import USAGE
 from rich.console import Console, Group
 
 import services.explain
-from services.explain import add_explain_command, command_explain, describe_explanation, show_explanation
+from services.cli import build_parser
+from services.explain import describe_explanation, show_explanation
 from shared import subjects
 from shared.bus import BusMessage
 from shared.client import AmpdClient
@@ -148,14 +148,5 @@ async def test_the_answer_is_shown_for_people_and_for_programs(hub: MemoryHub) -
 
 
 def test_the_subcommand_takes_a_session_a_tenant_and_json() -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-
-    def add_command(commands: Any, name: str, command: Any, summary: str, example: str) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = commands.add_parser(name, help=summary, epilog=example)
-        added.set_defaults(command=command)
-        return added
-
-    add_explain_command(commands, add_command, lambda parser: parser.add_argument("--nats-url", default="nats://y"))
-    parsed = parser.parse_args(["explain", "s1", "--tenant", "t1", "--json"])
-    assert (parsed.command, parsed.session, parsed.tenant, parsed.json) == (command_explain, "s1", "t1", True)
+    parsed = build_parser().parse_args(["explain", "s1", "--tenant", "t1", "--json", "--nats-url", "nats://y"])
+    assert (parsed.session, parsed.tenant, parsed.json, parsed.nats_url) == ("s1", "t1", True, "nats://y")

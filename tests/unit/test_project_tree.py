@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from shared.core.policies import PARTS, POLICIES
+from shared.profile_files import SHIPPED, list_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shared", "services", "planner", "loadgen")
@@ -142,7 +147,7 @@ def test_every_make_target_that_a_document_names_exists() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md"):
         named = set(re.findall(r"(?:^\$ |`)make ([a-z][a-z-]*)", document.read_text(), re.MULTILINE))
         assert named <= targets, document
-    assert {"setup", "demo", "test", "check", "bench", "test-compose"} <= targets
+    assert {"setup", "demo", "test", "check", "bench", "bench-scheduling", "test-compose"} <= targets
 
 
 def test_the_readmes_two_commands_come_first() -> None:
@@ -165,3 +170,35 @@ def test_every_local_link_of_a_document_leads_somewhere() -> None:
 def test_every_script_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"`python (benchmarks/\S+\.py)", (ROOT / "README.md").read_text()))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_scheduling_document_names_every_policy_and_every_part() -> None:
+    text = (ROOT / "docs" / "scheduling.md").read_text()
+    assert re.findall(r"^\*\*`(\w+)`\*\* ", text, re.MULTILINE) == list(POLICIES)
+    assert re.findall(r"^\| `(\w+)` \| [^|]+ \|$", text, re.MULTILINE) == list(PARTS)
+
+
+def test_the_scheduling_document_has_every_parameter_with_its_default() -> None:
+    """Of `adaptive`; of `remote` and `threshold` the document says where they differ."""
+    text = (ROOT / "docs" / "scheduling.md").read_text()
+    documented = dict(re.findall(r"^\| `([\w.]+)` \| ([\w.]+) \| [^|]+ \|$", text, re.MULTILINE))
+    parts = {*(flag for changes in PARTS.values() for flag in changes), "routing.by_deadline", "name", "route"}
+    defaults = {path: value for path, value in flatten(POLICIES["adaptive"]) if path not in parts or path in documented}
+    assert documented == {path: str(value).lower() for path, value in defaults.items()}
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for one in dataclasses.fields(node):
+        value = getattr(node, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{one.name}.")
+        else:
+            yield f"{prefix}{one.name}", value
+
+
+def test_every_profile_ships_with_the_package() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = config["tool"]["setuptools"]["package-data"]["shared"]
+    shipped = {path for pattern in patterns for path in (ROOT / "shared").glob(pattern)}
+    assert {path for path in SHIPPED.iterdir() if path.is_file()} == shipped
+    assert {"h100-qwen3-32b", "cpu-smollm2"} <= set(list_profiles())

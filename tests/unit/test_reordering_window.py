@@ -13,6 +13,7 @@ from shared.core.reordering import (
     OrderParameters,
     PrefillOrder,
     WaitingPrefill,
+    has_aged,
     order_moore_hodgson,
     order_prefills,
     order_window,
@@ -128,13 +129,14 @@ def test_window_passes_nobody_over_for_ever(
 @given(
     st.integers(1, 6),
     st.integers(1, 4),
+    st.sampled_from([0.1, 1.0, 4.0]),
     st.lists(st.tuples(st.floats(0.1, 60), st.floats(0.1, 3)), min_size=80, max_size=120),
 )
 def test_moore_hodgson_with_ageing_starves_nobody(
-    start: int, aged_every: int, arrivals: list[tuple[float, float]]
+    start: int, aged_every: int, ageing: float, arrivals: list[tuple[float, float]]
 ) -> None:
     """A task with k older ones in the queue starts at most (k + 1) * aged_every turns after it has aged."""
-    parameters = OrderParameters(order="moore_hodgson", ageing_s=2.0, aged_every=aged_every)
+    parameters = OrderParameters(order="moore_hodgson", ageing=ageing, aged_every=aged_every)
     order = PrefillOrder(parameters)
     now = 0.0
     fresh = iter([task(d, work_s, number=i) for i, (d, work_s) in enumerate(arrivals)])
@@ -151,7 +153,7 @@ def test_moore_hodgson_with_ageing_starves_nobody(
     allowed: dict[int, int] = {}
     while queue:
         for older, one in enumerate(queue):  # by arrival
-            if now - one.arrival > parameters.ageing_s:
+            if has_aged(one, now, ageing):
                 allowed.setdefault(id(one), (older + 1) * aged_every)
         index = order.order(queue, now)[0]
         order.note_started(queue, index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from array import array
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from shared.core.sequences import SessionKv
 from shared.core.types import KvLayout, SessionKey
 from shared.engine.host_tier import HostTier
 from shared.engine.model_files import resolve_model
-from shared.messages import unpack_token_ids
+from shared.messages import CancelRun, KvHeld, unpack_token_ids
 from shared.transport.memory import HostKvMemory
 
 BLOCK = 4
@@ -68,6 +70,63 @@ async def test_sessions_that_take_turns(host_kv_bytes: int, model_dir: Path, tmp
         assert decoder.runtime.heartbeat().num_host_tokens == tier.num_tokens > 0
 
 
+@pytest.mark.parametrize("order", ["fcfs", "moore_hodgson"])
+async def test_rounds_that_take_each_others_room(order: str, model_dir: Path, tmp_path: Path, reference: Any) -> None:
+    """Five rounds at once in memory for two: those preempted go to host memory and on from there, token for token."""
+    policy = with_options(TIERED, {"order.order": order})
+    async with start_pair(model_dir, tmp_path, policy=policy, num_blocks=30, host_kv_bytes=1 << 30) as pair:
+        commander, _, decoder = pair
+        prompts = {f"s{index}": tokens_of(40 + index, 50 + 10 * index) for index in range(5)}
+        for session, prompt in prompts.items():
+            message = commander.run_round(decoder, [], prompt, session=session, max_output_tokens=120)
+            await commander.command(decoder, message)
+        num_preemptions = 0
+        for _ in prompts:
+            ended = await commander.end()
+            decoder.runtime.check_integrity()
+            assert unpack_token_ids(ended.output_token_ids) == reference(prompts[ended.session], 120)
+            num_preemptions += ended.usage.num_preemptions
+        tier = decoder.runtime.context.engine.host_tier
+        assert num_preemptions == decoder.scheduler.num_preemptions > 0
+        assert tier.num_restored_tokens > 0
+
+
+async def test_a_round_that_is_stopped_while_its_kv_comes_back(model_dir: Path, tmp_path: Path, reference: Any) -> None:
+    """Stopping waits until nobody writes to its blocks; the next round goes on from what is left."""
+    async with start_pair(model_dir, tmp_path, policy=TIERED, host_kv_bytes=1 << 30) as (commander, _, decoder):
+        conversation = Conversation(commander, decoder)
+        await play_true(conversation, reference, tokens_of(1, 100))
+        scheduler, engine = decoder.scheduler, decoder.runtime.context.engine
+        filler = scheduler.sessions[SessionKey("t", "filler")] = SessionKv(SessionKey("t", "filler"))
+        assert scheduler.reserve(filler, 16 * 199)
+        scheduler.drop(SessionKey("t", "filler"))
+        reading, go_on = asyncio.Event(), threading.Event()
+        loop, read = asyncio.get_running_loop(), engine.host_tier.read
+
+        def held_up(*arguments: Any) -> None:
+            loop.call_soon_threadsafe(reading.set)
+            go_on.wait(10)
+            read(*arguments)
+
+        engine.host_tier.read = held_up
+        new = tokens_of(2, 10)
+        message = commander.run_round(decoder, conversation.tokens, new, tokens_start=108, round_index=1)
+        ack = await commander.command(decoder, message)
+        assert ack.num_cached_tokens == 107, "about to be brought back"
+        await asyncio.wait_for(reading.wait(), 10)
+        cancelling = asyncio.create_task(
+            commander.command(decoder, CancelRun(tenant="t", session="s", round=1, attempt=1))
+        )
+        await asyncio.sleep(0.01)
+        assert not cancelling.done()
+        go_on.set()
+        await cancelling
+        decoder.runtime.check_integrity()
+        conversation.index = 2
+        await play_true(conversation, reference, tokens_of(3, 10))
+        assert conversation.num_cached >= 107
+
+
 async def test_restored_kv_is_bit_identical_and_partial(model_dir: Path, tmp_path: Path, reference: Any) -> None:
     async with start_pair(model_dir, tmp_path, policy=TIERED, host_kv_bytes=1 << 30) as (commander, _, decoder):
         conversation = Conversation(commander, decoder)
@@ -100,8 +159,9 @@ async def test_a_resident_comes_back_from_host_memory(model_dir: Path, tmp_path:
         filler = scheduler.sessions[SessionKey("t", "filler")] = SessionKv(SessionKey("t", "filler"))
         assert scheduler.reserve(filler, 16 * 199)
         assert scheduler.sessions[resident_key(SessionKey("t", "s"))].num_kv == 0
-        assert prefiller.runtime.heartbeat().evicted == (), "it can come back"
         scheduler.drop(SessionKey("t", "filler"))
+        told = KvHeld(tenant="t", session="s", num_device_tokens=0, num_host_tokens=100)
+        assert prefiller.runtime.heartbeat().kv_held == (told,), "it can come back"
         ended = await play_true(
             conversation, reference, tokens_of(4, 10), prefiller, keep=True, resident=conversation.resident(100)
         )

@@ -25,9 +25,9 @@ from shared.messages import (
     CancelRun,
     GrantHistory,
     HistoryGranted,
+    KvHeld,
     KvRenew,
     ResidentKv,
-    SessionRef,
     pack_token_ids,
     unpack_token_ids,
 )
@@ -192,8 +192,8 @@ async def test_evicted_residents_are_told_in_a_heartbeat_once(pair: Any) -> None
     await conversation.play(tokens_of(15, 40), prefiller, keep=True)
     await prefill_ended(commander)
     prefiller.scheduler.truncate(prefiller.scheduler.sessions[resident_key(SESSION)], 0)
-    assert prefiller.runtime.heartbeat().evicted == (SessionRef(tenant="t", session="s"),)
-    assert prefiller.runtime.heartbeat().evicted == ()
+    assert prefiller.runtime.heartbeat().kv_held == (KvHeld(tenant="t", session="s", num_device_tokens=0),)
+    assert prefiller.runtime.heartbeat().kv_held == ()
     assert prefiller.scheduler.sessions == {}
 
 
@@ -337,7 +337,7 @@ async def test_as_many_residents_as_allowed(model_dir: Path, tmp_path: Path) -> 
             await Conversation(commander, decoder, f"s{index}").play(tokens_of(index, 20), prefiller, keep=True)
             await prefill_ended(commander)
         assert len(prefiller.runtime.prefill.residents) == 2
-        assert prefiller.runtime.heartbeat().evicted == (SessionRef(tenant="t", session="s0"),)
+        assert prefiller.runtime.heartbeat().kv_held == (KvHeld(tenant="t", session="s0", num_device_tokens=0),)
 
 
 def test_checksums_are_of_packed_tokens() -> None:

@@ -33,12 +33,14 @@ from shared.messages import (
     DropSession,
     GrantHistory,
     HistoryGranted,
+    KvSource,
     KvStaged,
     Message,
     PrefillEnded,
     PrefillTask,
     RemotePrefill,
     ResidentKv,
+    Role,
     RoundEnded,
     RunRound,
     RunRoundAck,
@@ -130,6 +132,8 @@ class Commander:
         remote: Worker | None = None,
         max_output_tokens: int = 8,
         session: str = "s",
+        source: KvSource | None = None,
+        num_source_tokens: int = 0,
     ) -> RunRound:
         self.sessions.add(session)
         tokens = history + new + (forced or [])
@@ -151,6 +155,8 @@ class Commander:
             slo=Slo(),
             deadline_s=30.0,
             stream_encoding="msgpack",
+            source=source,
+            num_source_tokens=num_source_tokens,
             remote=None
             if remote is None
             else RemotePrefill(
@@ -218,6 +224,7 @@ class Conversation:
         keep: bool = False,
         resident: ResidentKv | None = None,
         max_output_tokens: int = 8,
+        granted: HistoryGranted | None = None,
     ) -> RoundEnded:
         """One round to its end, which must be a good one."""
         commander, prompt = self.commander, self.tokens + new
@@ -229,6 +236,8 @@ class Conversation:
             remote=remote,
             max_output_tokens=max_output_tokens,
             session=self.session,
+            source=granted.history if granted is not None else None,
+            num_source_tokens=granted.num_tokens if granted is not None else 0,
         )
         self.ack = await commander.start(self.decoder, message, prompt, remote, keep=keep, resident=resident)
         ended = await commander.end()
@@ -246,6 +255,22 @@ class Conversation:
     def resident(self, num_tokens: int) -> ResidentKv:
         """The claim that [0, num_tokens) of this conversation is held."""
         return ResidentKv(num_tokens=num_tokens, checksum=zlib.crc32(pack_token_ids(self.tokens[:num_tokens])))
+
+    async def leave_for(self, worker: Worker) -> HistoryGranted:
+        """The next round runs at `worker`; what the decode worker lends it, with the ticket to read it."""
+        source = self.decoder
+        grant = GrantHistory(
+            tenant="t",
+            session=self.session,
+            incarnation=source.incarnation,
+            num_tokens=len(self.tokens),
+            hold=True,
+        )
+        granted = await self.commander.command(source, grant)
+        assert isinstance(granted, HistoryGranted)
+        self.decoder = worker
+        ticket = self.commander.ticket(resident_key(SessionKey("t", self.session)), source, worker)
+        return _replace(granted, history=_replace(granted.history, ticket=ticket))
 
     async def stage(self, prefiller: Worker, resident: ResidentKv | None) -> StageKv:
         """Have the decode worker grant its KV, and the prefill worker pull what it lacks of it."""
@@ -286,8 +311,10 @@ async def start_pair(
     num_blocks: int = 200,
     host_kv_bytes: int = 0,
     limits: WorkerLimits | None = None,
+    takes: Role | None = None,
 ) -> AsyncIterator[tuple[Commander, Worker, Worker]]:
-    """(commander, prefill worker, decode worker); at the end nothing may be left in either of any session started."""
+    """(commander, prefill worker, decode worker), or two workers of the role that `takes` says; at the end nothing may
+    be left in either of any session started."""
     hub = MemoryHub()
     commander = Commander(await hub.connect("commander"))
     await commander.listen()
@@ -327,7 +354,7 @@ async def start_pair(
             host_kv_bytes=host_kv_bytes,
             limits=limits or WorkerLimits(lease_ttl_s=5.0),
         )
-        runtime = WorkerRuntime(context, role=role, model="tiny-random")  # type: ignore[arg-type]
+        runtime = WorkerRuntime(context, role=takes or role, model="tiny-random")  # type: ignore[arg-type]
         workers.append(Worker(runtime, runner))
         serving.append(asyncio.create_task(runtime.serve(stop, drain_timeout_s=5.0)))
         closers.append((client, server, bus))

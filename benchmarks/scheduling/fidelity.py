@@ -1,0 +1,82 @@
+"""Does the simulator predict what the live system does? The same sessions and arrivals, simulated and live.
+
+`--engine emulated`: the live services, bus and coordinator with durations from the same profile; `--engine torch`: the
+real model on this machine, simulated with the profile that `ampd profile` measured here. Both runs are made by
+`loadgen compare`; what is compared is the attainment of each policy at each rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """examples:
+  python -m benchmarks.scheduling.fidelity trace.jsonl --engine emulated --profile h100-qwen3-32b --time-scale 10 \\
+    --policies remote,adaptive --rates 4,8,12 --cluster prefill:2x2,decode:2x2 --duration 20 --out out/fidelity
+  python -m benchmarks.scheduling.fidelity trace.jsonl --engine torch --profile cpu-smollm2 --prefill 1 --decode 1 \\
+    --policies remote,adaptive --rates 0.1,0.2 --sessions 12 --max-context 600 --out out/fidelity-cpu"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scheduling.fidelity", description=__doc__, epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("trace", metavar="FILE")
+    parser.add_argument("--engine", choices=("emulated", "torch"), required=True)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--time-scale", default="10", help="emulated: wall seconds per second of the profile")
+    parser.add_argument("--out", type=Path, required=True)
+    args, common = parser.parse_known_args()
+    compare = [sys.executable, "-m", "loadgen", "compare", args.trace, *common]
+    live = [*compare, "--engine", args.engine, "--out", str(args.out / "live")]
+    if args.engine == "emulated":
+        live += ["--profile", args.profile, "--time-scale", args.time_scale]
+    simulated = [*compare, "--simulate", "--profile", args.profile, "--out", str(args.out / "simulated")]
+    for command in (simulated, live):
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    rows = compare_runs(read_runs(args.out / "simulated"), read_runs(args.out / "live"))
+    result = {
+        "engine": args.engine,
+        "profile": args.profile,
+        "options": common,
+        "rows": rows,
+        "largest_difference_points": max(abs(row["difference_points"]) for row in rows),
+    }
+    (args.out / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(
+            f"{row['policy']:12s} {row['rate']:8.3g}/s  simulated {100 * row['simulated']:6.1f} %  "
+            f"live {100 * row['live']:6.1f} %  {row['difference_points']:+.1f} points"
+        )
+    return 0
+
+
+def read_runs(folder: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    """{(policy, rate): the means over the seeds} of a compare.json."""
+    content = json.loads((folder / "compare.json").read_text())
+    return {(point["policy"], point["rate"]): point for point in content["cells"]}
+
+
+def compare_runs(simulated: dict[Any, dict[str, Any]], live: dict[Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for key in simulated:
+        ours, theirs = (point["numbers"]["attainment"]["mean"] for point in (simulated[key], live[key]))
+        rows.append(
+            {
+                "policy": key[0],
+                "rate": key[1],
+                "simulated": ours,
+                "live": theirs,
+                "difference_points": round(100 * (ours - theirs), 2),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
