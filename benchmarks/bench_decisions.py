@@ -3,7 +3,9 @@
     python benchmarks/bench_decisions.py --out decisions.json
 
 Routing: one decision of every policy with --workers prefill workers (four of them hold KV of the session) and --queued
-prefills waiting on them in all; `adaptive` may also move the session to any of as many workers. Ordering: a queue of
+prefills waiting on them in all; `adaptive` may also move the session to any of as many workers.
+Every worker decodes 32 sequences beside. The round has --new-tokens: a few fit into one step beside these, many do not,
+and then `adaptive` seeks the largest chunk for every option. Ordering: a queue of
 --queued prefills, by the paper's window and by Moore-Hodgson, of which half cannot be on time. Chunk: the largest that
 fits the objective beside a batch. Medians over --repeats runs of the mean CPU time in a run. AMPD (arXiv 2602.14516)
 reports 0.39 ms for routing and 0.45 ms for reordering.
@@ -119,11 +121,12 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         met = target_us is None or measured["median_us"] <= target_us
         rows.append({"what": what, **measured, "target_us": target_us, "met": met})
 
-    view = make_view(args.workers, args.queued, args.new_tokens)
     variants = dict(POLICIES)
     variants["ampd, live terms"] = with_options(POLICIES["ampd"], {"routing.live_terms": True})
-    for name, policy in variants.items():
-        add(f"routing: {name}", TARGET_ROUTING_US, partial(policy.route, view, policy.routing))
+    views = {size: make_view(args.workers, args.queued, size) for size in args.new_tokens}
+    for size, view in views.items():
+        for name, policy in variants.items():
+            add(f"routing: {name}, {size} tokens", TARGET_ROUTING_US, partial(policy.route, view, policy.routing))
     queue = make_queue(args.queued)
     orders: tuple[OrderName, ...] = ("fcfs", "program_fcfs", "window", "moore_hodgson")
     for order in orders:
@@ -132,7 +135,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         add(f"ordering: {order}", target_us, partial(orderer.order, queue, NOW))
     aged = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=0.0, aged_every=1))
     add("ordering: moore_hodgson, aged turn", TARGET_ORDERING_US, partial(aged.order, queue, NOW))
-    costs = view.decode.costs
+    costs = views[args.new_tokens[0]].decode.costs
     add("largest chunk", None, partial(costs.largest_chunk, 32, 5_000.0, 8_000, 0.045))
     return rows
 
@@ -165,7 +168,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON here; default: standard output")
     parser.add_argument("--workers", type=int, default=64, help="prefill workers (default 64)")
     parser.add_argument("--queued", type=int, default=1_000, help="prefills that wait (default 1000)")
-    parser.add_argument("--new-tokens", type=int, default=300, help="of the round that is placed (default 300)")
+    parser.add_argument(
+        "--new-tokens", type=int, nargs="+", default=[300, 2_000], help="of the round that is placed (default 300 2000)"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken (default 7)")
     parser.add_argument("--min-s", type=float, default=0.2, help="least duration of a run in seconds (default 0.2)")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")

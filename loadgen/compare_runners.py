@@ -26,6 +26,8 @@ QUOTED_LINES = 12
 TIMES = ("due_s", "sent_s", "accepted_s", "first_token_s", "finished_s")
 STAGES = ("queued_s", "transfer_s", "prefill_s", "decode_s")
 
+MAX_DEADLINE_S = 3_600.0  # wall seconds: the longest that a coordinator takes (CoordinatorConfig.max_deadline_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRunner:
@@ -121,7 +123,7 @@ class LiveRunner:
         policy += [f"--policy-option={option}" for option in contender.policy_options]
         replay = ["--rate", repr(workload.rate / scale), "--arrivals", "poisson", "--seed", str(workload.seed)]
         replay += ["--ttft-slo", repr(self.slo.ttft_s * scale), "--itl-slo", repr(self.slo.itl_s * scale)]
-        replay += ["--deadline", repr(self.deadline * scale)]
+        replay += ["--deadline", repr(min(MAX_DEADLINE_S, self.deadline * scale))]
         if workload.max_context is not None:
             replay += ["--max-context", str(workload.max_context)]
         if workload.max_delay is not None:

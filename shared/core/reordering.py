@@ -71,8 +71,8 @@ def order_prefills(
         case "window":
             return order_window(queue, now, parameters.window, parameters.max_postponements)
         case "moore_hodgson":
-            oldest = find_oldest_aged(queue, now, parameters.ageing) if aged_turn else None
-            return _put_first(oldest, order_moore_hodgson(queue, now))
+            order = order_moore_hodgson(queue, now)
+            return lift_aged(order, queue, now, parameters.ageing) if aged_turn else order
 
 
 def order_window(queue: Sequence[WaitingPrefill], now: float, window: int, max_postponements: int) -> list[int]:
@@ -133,10 +133,12 @@ def find_oldest_aged(queue: Sequence[WaitingPrefill], now: float, ageing: float)
     return min(aged, key=lambda index: queue[index].arrival, default=None)
 
 
-def _put_first(first: int | None, order: list[int]) -> list[int]:
-    if first is None or order[0] == first:
+def lift_aged(order: list[int], queue: Sequence[WaitingPrefill], now: float, ageing: float) -> list[int]:
+    """`order` with the one that came first of those that have aged in front."""
+    oldest = find_oldest_aged(queue, now, ageing)
+    if oldest is None or order[0] == oldest:
         return order
-    return [first, *(index for index in order if index != first)]
+    return [oldest, *(index for index in order if index != oldest)]
 
 
 def has_aged(task: WaitingPrefill, now: float, ageing: float) -> bool:
@@ -162,8 +164,8 @@ class PrefillOrder:
             return order_prefills(queue, now, self.parameters)
         oldest = find_oldest_aged(queue, now, self.parameters.ageing)
         self._oldest_aged = queue[oldest] if oldest is not None else None
-        order = order_moore_hodgson(queue, now)
-        return _put_first(oldest, order) if self._num_turns >= self.parameters.aged_every - 1 else order
+        aged_turn = self._num_turns >= self.parameters.aged_every - 1
+        return order_prefills(queue, now, self.parameters, aged_turn=aged_turn)
 
     def is_strict(self, task: WaitingPrefill, now: float) -> bool:
         """Whether none may pass this task when there is no room for it: always in order of arrival; where tasks are
