@@ -45,6 +45,8 @@ def plot_attainment(contents: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_ylabel("rounds that attain, %")
         panel.set_ylim(0, 102)
         panel.grid(alpha=0.3)
+    for unused in figure.axes[len(contents) :]:
+        unused.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.suptitle(f"{contents[0]['profile']}, 32 GPUs, simulated; each policy on its own best cluster")
