@@ -35,7 +35,13 @@ def route_mixed(view: RoutingView, parameters: RoutingParameters) -> RoutingDeci
 
 MOVING = SchedulingPolicy(name="moving", route=route_moving, moves_sessions=True)
 MIXED = SchedulingPolicy(
-    name="mixed", route=route_mixed, moves_sessions=True, keeps_resident=True, stages=True, host_tier=True
+    name="mixed",
+    route=route_mixed,
+    moves_sessions=True,
+    fluid_roles=True,
+    keeps_resident=True,
+    stages=True,
+    host_tier=True,
 )
 
 
