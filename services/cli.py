@@ -154,6 +154,8 @@ def _run_with_cluster(work: Coroutine[Any, Any, int]) -> int:
 def _cluster_options(arguments: argparse.Namespace, port: int) -> ClusterOptions:
     from services.cluster_options import ClusterOptions
 
+    if arguments.decode + arguments.both < 1:
+        raise AmpdError(ErrorCode.INVALID_REQUEST, "no worker would decode: --decode or --both must be at least 1")
     return ClusterOptions(
         num_prefill=arguments.prefill,
         num_decode=arguments.decode,

@@ -46,8 +46,6 @@ class ClusterOptions:
 
 def check_options(options: ClusterOptions) -> None:
     """Raises AmpdError INVALID_REQUEST for options that do not go together, before anything is started."""
-    if options.num_decode + options.num_both < 1:
-        raise AmpdError(ErrorCode.INVALID_REQUEST, "no worker would decode: --decode or --both must be at least 1")
     if options.engine == "emulated":
         if options.profile is None:
             raise AmpdError(
