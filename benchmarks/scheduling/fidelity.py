@@ -30,12 +30,15 @@ def main() -> int:
     parser.add_argument("--engine", choices=("emulated", "torch"), required=True)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--time-scale", default="10", help="emulated: wall seconds per second of the profile")
+    parser.add_argument("--model", default="smollm2", help="torch (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
     args, common = parser.parse_known_args()
     compare = [sys.executable, "-m", "loadgen", "compare", args.trace, *common]
     live = [*compare, "--engine", args.engine, "--out", str(args.out / "live")]
     if args.engine == "emulated":
         live += ["--profile", args.profile, "--time-scale", args.time_scale]
+    else:
+        live += ["--model", args.model]
     simulated = [*compare, "--simulate", "--profile", args.profile, "--out", str(args.out / "simulated")]
     for command in (simulated, live):
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
