@@ -56,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profiles", nargs="+", default=everything, metavar="P")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS, metavar="W")
     parser.add_argument("--parts", nargs="+", choices=DEEP_PARTS, help="only these parts (default: as each cell has)")
+    parser.add_argument("--policies", nargs="+", default=list(POLICY_NAMES), choices=POLICY_NAMES, metavar="N",
+                        help="search only these (the other parts compare all that have been searched)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--report-only", action="store_true", help="make tables and plots of what is there")
     return parser
@@ -68,7 +70,9 @@ def run_all(args: argparse.Namespace, cells: Path) -> None:
     with Progress(*columns, console=console) as progress, ProcessPoolExecutor(args.jobs) as pool:
         bar = progress.add_task("cells", total=len(tasks))
         futures = {
-            pool.submit(run_cell, profile, workload, args.traces, cells, args.parts): f"{profile}.{workload}"
+            pool.submit(
+                run_cell, profile, workload, args.traces, cells, args.parts, args.policies
+            ): f"{profile}.{workload}"
             for profile, workload in tasks
         }
         for future in as_completed(futures):
@@ -77,7 +81,9 @@ def run_all(args: argparse.Namespace, cells: Path) -> None:
             console.print(f"{futures[future]}: {seconds:.0f} s")
 
 
-def run_cell(profile: str, workload: str, traces: Path, cells: Path, only: list[str] | None) -> float:
+def run_cell(
+    profile: str, workload: str, traces: Path, cells: Path, only: list[str] | None, policies: list[str]
+) -> float:
     """Make the parts of a cell that its file lacks; each is written as soon as it is there."""
     started = time.monotonic()
     cell = make_cell(profile, workload, traces)
@@ -91,7 +97,7 @@ def run_cell(profile: str, workload: str, traces: Path, cells: Path, only: list[
             continue
         match part:
             case "search":
-                search_policies(cell, content, path)
+                search_policies(cell, content, path, policies)
             case "grid":
                 content[part] = run_grid(cell, read_bests(cell, content))
             case "metrics":
@@ -107,8 +113,8 @@ def run_cell(profile: str, workload: str, traces: Path, cells: Path, only: list[
     return time.monotonic() - started
 
 
-def search_policies(cell: Cell, content: dict[str, Any], path: Path) -> None:
-    for policy in POLICY_NAMES:
+def search_policies(cell: Cell, content: dict[str, Any], path: Path, policies: list[str]) -> None:
+    for policy in policies:
         if policy not in content["search"]:
             content["search"][policy] = find_best(cell, policy).as_dict()
             save(path, content)

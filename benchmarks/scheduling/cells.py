@@ -142,7 +142,7 @@ def list_clusters(cell: Cell, policy_name: str) -> list[tuple[WorkerGroup, ...]]
     match policy_name:
         case "colocated-untuned":
             return [_together(smallest_degree(cell.profile))]
-        case "colocated" | "continuum":
+        case "colocated" | "colocated-host" | "continuum":
             return together
         case "remote" | "ampd-split":
             return splits
@@ -160,6 +160,8 @@ def list_options(policy_name: str) -> list[dict[str, Any]]:
             return [{"routing.chunk.chunk_tokens": 2_048}]
         case "colocated" | "continuum" | "local":
             return chunks
+        case "colocated-host":  # with the second tier that `adaptive` has too
+            return [{"host_tier": True, **chunk} for chunk in chunks]
         case "threshold":
             return [{}, *({"routing.local_tokens": n} for n in (512, 8_192)), *chunks[1:]]
         case "ampd":
@@ -186,6 +188,7 @@ POLICY_NAMES = (
     "adaptive",
     "colocated",
     "colocated-untuned",
+    "colocated-host",
     "continuum",
     "remote",
     "local",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.scheduling.cells import CHUNKS, Candidate, Cell, make_candidate, make_cell
+from benchmarks.scheduling.cells import Candidate, Cell, list_options, make_candidate, make_cell
 from planner.simulator.goodput import Metric, find_goodput
 
 READINGS: tuple[tuple[str, Metric, float], ...] = (
@@ -15,16 +15,17 @@ READINGS: tuple[tuple[str, Metric, float], ...] = (
     ("session_90", "session_attainment", 0.9),
 )
 TTFT_FACTORS = (2.5, 10.0)
+COMPARED = ("adaptive", "colocated", "colocated-host", "remote", "ampd", "ampd-best")  # the others: see the grid
 
 
 def run_metrics(cell: Cell, bests: Mapping[str, tuple[Candidate, float]]) -> dict[str, Any]:
     """Goodput of each policy on its own best cluster; `colocated` is tuned again, for every reading its best chunk."""
     results: dict[str, Any] = {}
-    for name, (candidate, goodput) in bests.items():
+    for name, (candidate, goodput) in _compared(bests).items():
         variants = [candidate]
-        if name == "colocated":
+        if name in ("colocated", "colocated-host"):
             groups = candidate.cluster.groups
-            variants = [make_candidate(cell, name, groups, {"routing.chunk.chunk_tokens": chunk}) for chunk in CHUNKS]
+            variants = [make_candidate(cell, name, groups, options) for options in list_options(name)]
         results[name] = {
             label: max(
                 find_goodput(
@@ -56,7 +57,11 @@ def run_slo_sweep(cell: Cell, bests: Mapping[str, tuple[Candidate, float]], trac
                     lowest=cell.lowest_rate,
                     tolerance=0.05,
                 ).rate
-                for name, (candidate, goodput) in bests.items()
+                for name, (candidate, goodput) in _compared(bests).items()
             },
         }
     return results
+
+
+def _compared(bests: Mapping[str, tuple[Candidate, float]]) -> dict[str, tuple[Candidate, float]]:
+    return {name: bests[name] for name in COMPARED if name in bests}

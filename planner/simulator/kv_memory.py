@@ -30,7 +30,8 @@ class KvMemory:
         self.num_used = 0
         self.num_host_used = 0
         self.entries: dict[SimSession, SimKv] = {}
-        self.idle: dict[SimSession, SimKv] = {}
+        self.idle: dict[SimSession, SimKv] = {}  # with device tokens that nobody uses
+        self.num_idle = 0  # these tokens
         self.num_evicted_tokens = 0
         self.host_free_at = 0.0
         self._policy = policy
@@ -46,7 +47,8 @@ class KvMemory:
         kv = self.entries.get(session)
         if kv is None:
             kv = self.entries[session] = SimKv(session, 0, 0.0, 0.0, 0.0)
-        self.idle.pop(session, None)
+        if self.idle.pop(session, None) is not None:
+            self.num_idle -= kv.num_tokens
         kv.busy += 1
         return kv
 
@@ -64,6 +66,7 @@ class KvMemory:
             kv.restore_s = self._restore_s(kv)
         if kv.num_tokens:
             self.idle[kv.key] = kv
+            self.num_idle += kv.num_tokens
 
     def holds(self, kv: SimKv) -> bool:
         """Whether it is still there: the worker may have died since."""
@@ -84,24 +87,33 @@ class KvMemory:
         if kv is not None:
             self.num_used -= kv.num_tokens
             self.num_host_used -= kv.num_host_tokens
+            if self.idle.pop(session, None) is not None:
+                self.num_idle -= kv.num_tokens
             kv.num_tokens = kv.num_host_tokens = 0
-            self.idle.pop(session, None)
             session.resident.pop(self._worker_id, None)
 
     def make_room(self, num_tokens: int, now: float, *, evict: bool = True) -> bool:
-        """Free room for `num_tokens`, at the cost of idle sessions; False when that is not enough."""
+        """Free room for `num_tokens`, at the cost of idle sessions; False, and none loses anything, when that is not
+        enough."""
+        if self.capacity - self.num_used >= num_tokens:
+            return True
+        if not evict or not self.has_room(num_tokens):
+            return False
         while self.capacity - self.num_used < num_tokens:
-            victim = choose_victim(self.idle.values(), now, self._policy.retention) if evict else None
-            if victim is None:
-                return False
+            victim = choose_victim(self.idle.values(), now, self._policy.retention)
             assert isinstance(victim, SimKv)
             self._evict(victim, num_tokens - (self.capacity - self.num_used), now)
         return True
+
+    def has_room(self, num_tokens: int) -> bool:
+        """For so many, if idle sessions lose theirs."""
+        return self.capacity - self.num_used + self.num_idle >= num_tokens
 
     def _evict(self, victim: SimKv, num_missing: int, now: float) -> None:
         """Take from the tail what is missing; with a host tier it goes there."""
         num_tokens = min(victim.num_tokens, num_missing)
         self.num_evicted_tokens += num_tokens
+        self.num_idle -= num_tokens
         self.shrink(victim, victim.num_tokens - num_tokens)
         if self.host_capacity and not victim.is_resident and self._make_host_room(num_tokens, victim, now):
             victim.num_host_tokens += num_tokens
@@ -167,3 +179,4 @@ class KvMemory:
         assert self.num_host_used == sum(kv.num_host_tokens for kv in self.entries.values())
         assert 0 <= self.num_used <= self.capacity
         assert all(not kv.busy for kv in self.idle.values())
+        assert self.num_idle == sum(kv.num_tokens for kv in self.idle.values())

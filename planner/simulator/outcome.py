@@ -49,7 +49,8 @@ def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float =
     num_lost += sum(_count_owed(r, slo, warm_s, until_s) for r in waiting)
     num_rounds = len(measured) + num_lost
     completed = [r for r in measured if not r.error and r.finished_at >= 0.0]
-    ttfts = sorted(r.ttft_s for r in completed)
+    started = [*completed, *(r for r in waiting if r.sent_at >= warm_s)]
+    ttfts = sorted(r.ttft_s if r.first_token_at >= 0.0 else result.end_s - r.sent_at for r in started)
     tpots = sorted(r.tpot_s for r in completed if r.num_gaps)
     attained = [r for r in completed if attains(r, slo)]
     p99 = sum(r.ttft_s <= slo.ttft_s and r.percentile_gap_s(0.99) <= slo.itl_s for r in completed)

@@ -92,8 +92,11 @@ class SimRound:
     @property
     def tpot_s(self) -> float:
         """0 for a round of one token."""
-        num_gaps = self.num_gaps
-        return sum(count * gap_s for count, gap_s in self.gaps) / num_gaps if num_gaps else 0.0
+        num_gaps, total_s = 0, 0.0
+        for count, gap_s in self.gaps:
+            num_gaps += count
+            total_s += count * gap_s
+        return total_s / num_gaps if num_gaps else 0.0
 
     def percentile_gap_s(self, share: float) -> float:
         """The gap that `share` of the round's gaps do not exceed (nearest rank); 0 without gaps."""

@@ -11,7 +11,8 @@ from loadgen.traces import TraceSession, read_trace
 from loadgen.workload import Workload, choose_workload, plan_workload
 from planner.simulator.cluster import Cluster
 from planner.simulator.outcome import Outcome, summarise
-from planner.simulator.simulation import ADMISSION_FACTOR, Failure, Result, Simulation
+from planner.simulator.simulation import Failure, Result, Simulation
+from shared.core.patience import ADMISSION_FACTOR
 from shared.core.policies import SchedulingPolicy
 from shared.messages import Slo
 

@@ -18,8 +18,9 @@ from planner.simulator.rounds import SimRound, SimSession
 from planner.simulator.worker import SimWorker
 from shared.core.binding import choose_binding
 from shared.core.load import WorkerLoad, transfer_s
+from shared.core.patience import ADMISSION_FACTOR, measure_excess_wait_s
 from shared.core.policies import SchedulingPolicy
-from shared.core.routing import RoutingView
+from shared.core.routing import RoutingDecision, RoutingView
 from shared.messages import Slo, WindowStats
 
 HEARTBEAT_S = 0.5
@@ -29,7 +30,6 @@ RETRY_S = 0.02
 MAX_RETRIES = 100
 MIN_STAGED_TOKENS = 64
 KV_OVERCOMMIT = 4.0
-ADMISSION_FACTOR = 1.5
 
 Handler = Callable[[Any, float], None]
 
@@ -262,13 +262,11 @@ class Simulation:
         view = self._view(round_, now, local_only=local_only)
         decision = self.policy.route(view, self.policy.routing)
         chosen = decision.chosen
-        if self.policy.admission and round_.index == 0 and round_.attempt == 1:
-            best = min(decision.options, key=lambda option: option.total_s)
-            alone_s = best.prefill_s + best.transfer_s
-            if best.total_s > self._admission_factor * self.slo.ttft_s >= alone_s:
-                self.counters.rejected += 1
-                self._fail_round(round_, "overloaded", now)
-                return
+        is_new = round_.index == 0 and round_.attempt == 1
+        if self.policy.admission and is_new and self._is_too_late(decision, view):
+            self.counters.rejected += 1
+            self._fail_round(round_, "overloaded", now)
+            return
         round_.decision = decision
         round_.num_cached = view.num_total_tokens - chosen.num_new_tokens
         round_.work_s = chosen.work_s
@@ -284,6 +282,9 @@ class Simulation:
         else:
             self.counters.remote += 1
             self.at(now + LOCAL_CONTROL_S + REMOTE_CONTROL_S, self._start_remote, (round_, round_.attempt, target))
+
+    def _is_too_late(self, decision: RoutingDecision, view: RoutingView) -> bool:
+        return measure_excess_wait_s(decision.options, self.slo, view.waited_s, self._admission_factor) > 0.0
 
     def _start_local(self, argument: tuple[SimRound, int], now: float) -> None:
         round_, attempt = argument

@@ -115,6 +115,7 @@ class SimWorker:
         self._max_batch = max_batch
         self._pauses = pauses
         self._order = PrefillOrder(policy.order)
+        self._staging_order = PrefillOrder(policy.order)
         self._finish: list[tuple[int, int, SimRound]] = []
         self._decoding: dict[SimRound, SimKv] = {}
         self._num_entries = 0
@@ -235,19 +236,16 @@ class SimWorker:
     def stage_next(self, now: float) -> None:
         """Read the history of the next remote prefills, while there are few here."""
         while self.unstaged and self.num_staged < MAX_STAGED:
-            index = self._order.order([prefill.waiting for prefill in self.unstaged], now)[0]
-            prefill = self.unstaged[index]
-            kv, round_ = prefill.kv, prefill.round
-            if not self.memory.make_room(self._count_reserved() + prefill.stop - kv.num_tokens, now):
+            index = self._choose_staged(now)
+            if index is None:
                 if not self.admitted and self.batch == 0 and not self.queue:
-                    del self.unstaged[index]
-                    self._abandon(prefill, now)
+                    self._abandon(self.unstaged.pop(0), now)
                     continue
                 if not self._is_running:
                     self._wait_for_room(now)
                 return
-            self._order.note_started([one.waiting for one in self.unstaged], index)
-            del self.unstaged[index]
+            prefill = self.unstaged.pop(index)
+            kv, round_ = prefill.kv, prefill.round
             self._begin_prefill(prefill)
             self.num_staged += 1
             readable = round_.decode.readable_tokens(round_) if self.policy.routing.reads_history else 0
@@ -259,6 +257,23 @@ class SimWorker:
                 self.simulation.at(done_at, self._pulled, prefill)
             else:
                 self._pulled(prefill, now)
+
+    def _choose_staged(self, now: float) -> int | None:
+        """The first in order that there is room for."""
+        order = self._staging_order
+        waiting = [prefill.waiting for prefill in self.unstaged]
+        for index in order.order(waiting, now):
+            prefill = self.unstaged[index]
+            missing = prefill.stop - prefill.kv.num_tokens
+            needed = missing + order.count_aside(prefill.waiting)
+            if self.memory.make_room(self._count_reserved() + needed, now):
+                order.note_begun(prefill.waiting, missing)
+                order.note_started(waiting, index)
+                order.note_turn(prefill.waiting)
+                return index
+            if not order.may_be_passed(prefill.waiting, missing):
+                break
+        return None
 
     def readable_tokens(self, round_: SimRound) -> int:
         kv = self._decoding.get(round_)
@@ -404,7 +419,7 @@ class SimWorker:
         if not ready:
             return [], 0
         budget = self._choose_budget(ready[0].kv.num_tokens)
-        self._order.note_turn(ready[0].waiting, now)
+        self._order.note_turn(ready[0].waiting)
         ready = ready[: max(1, self._max_batch - self.batch)]
         sizes = fit_chunks(
             self.policy.chunk,
@@ -438,13 +453,15 @@ class SimWorker:
                 continue
             if prefill not in self.admitted:
                 missing = prefill.stop - prefill.kv.num_tokens
-                if self.memory.host_capacity:
-                    reserved = self._displace(order[place + 1 :], reserved, missing, now)
-                if not self.memory.make_room(reserved + missing, now):
-                    if self._order.is_strict(waiting[index], now):
-                        break
-                    continue
+                needed = missing + self._order.count_aside(prefill.waiting)
+                if self.memory.host_capacity and not self._order.is_oldest_aged(prefill.waiting):
+                    reserved = self._displace(order[place + 1 :], reserved, needed, now)
+                if not self.memory.make_room(reserved + needed, now):
+                    if self._order.may_be_passed(prefill.waiting, missing):
+                        continue
+                    break
                 self._begin_prefill(prefill)
+                self._order.note_begun(prefill.waiting, missing)
                 self._order.note_started(waiting, index)
                 reserved += missing
             if _is_elsewhere(prefill):
@@ -457,20 +474,34 @@ class SimWorker:
         return ready
 
     def _displace(self, behind: list[int], reserved: int, missing: int, now: float) -> int:
-        """Those further behind in the order give up their room, the last first; their KV goes to host memory."""
+        """Those further behind in the order give up their room, the last first, if that is enough: their KV goes to
+        host memory."""
+        if self.memory.has_room(reserved + missing):
+            return reserved
+        yielding: list[SimPrefill] = []
+        num_given = 0
         for index in reversed(behind):
-            if self.memory.make_room(reserved + missing, now):
-                break
             other = self.queue[index]
-            if other is self._forced:
+            is_admitted = other in self.admitted
+            gives = other.stop if is_admitted else other.kv.num_tokens  # what is still to come is not reserved for it
+            if not gives or not self._may_yield(other):
                 continue
-            if other in self.admitted and other.is_local and not other.is_fetching:
+            yielding.append(other)
+            num_given += gives
+            if self.memory.has_room(reserved + missing - num_given):
+                break
+        else:
+            return reserved
+        for other in yielding:
+            if other in self.admitted:
                 del self.admitted[other]
-                self.memory.swap_out(other.kv, now)
-                reserved = self._count_reserved()
-            elif other.is_local and not other.is_fetching and other.kv.num_tokens:
-                self.memory.swap_out(other.kv, now)
-        return reserved
+            self.memory.swap_out(other.kv, now)
+        return self._count_reserved()
+
+    def _may_yield(self, prefill: SimPrefill) -> bool:
+        if not prefill.is_local or prefill.is_fetching or prefill is self._forced:
+            return False
+        return not self._order.is_oldest_aged(prefill.waiting)
 
     def _count_reserved(self) -> int:
         """Room that the admitted prefills still need, and the batch for a while."""

@@ -197,17 +197,19 @@ class PrefillRole:
         for index in order:
             job = self._queue[index]
             kv = self.residents.find(job.session) or SessionKv(job.session, resident=True)
-            if self._engine.reserve_idle(kv, job.num_tokens):
+            num_lacking = job.num_tokens - kv.num_kv
+            if self._engine.reserve_idle(kv, job.num_tokens, num_aside=self._order.count_aside(job.waiting)):
                 break
             self._staging.give_way()
-            if self._order.is_strict(job.waiting, now):
+            if not self._order.may_be_passed(job.waiting, num_lacking):
                 return None
         else:
             return None
         self.residents.take(kv, job.key)
         job.kv = kv
+        self._order.note_begun(job.waiting, num_lacking)
         self._order.note_started(queue, index)
-        self._order.note_turn(job.waiting, now)
+        self._order.note_turn(job.waiting)
         del self._queue[index]
         self._staged.add(job)
         return job

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from shared.core.routing import OptionEstimate, RoutingDecision
+from shared.core.patience import measure_excess_wait_s
+from shared.core.routing import RoutingDecision
 from shared.core.session import Session
 from shared.core.state import State
 from shared.core.token_bytes import check_token_ids, count_tokens
@@ -95,35 +96,21 @@ def admit_round(state: State) -> None:
 
 
 def admit_ttft(state: State, decision: RoutingDecision, slo: Slo, waited_s: float) -> None:
-    """Refuse a session's first round that would wait far past its TTFT objective, whatever its best option.
-
-    Only a wait is a reason: a prompt that is late on an idle cluster too is let in, since coming back does not help.
-    """
+    """Refuse a session's first round that would wait far past its TTFT objective, whatever its best option."""
     if not state.config.scheduling.admission:
         return
-    patience_s = slo.ttft_s - waited_s
-    ttft_s, queue_s = min(_predict_ttft(state, option, patience_s) for option in decision.options)
-    limit_s = state.config.admission_factor * slo.ttft_s
-    if waited_s + ttft_s <= limit_s or ttft_s - queue_s > limit_s:
+    factor = state.config.admission_factor
+    excess_s = measure_excess_wait_s(decision.options, slo, waited_s, factor)
+    if excess_s <= 0.0:
         return
     state.counters["rounds_not_admitted"] += 1
-    excess_s = min(queue_s, ttft_s - patience_s)
+    ttft_s = waited_s + min(option.total_s for option in decision.options)
     raise AmpdError(
         ErrorCode.OVERLOADED,
-        f"the first token would come after {waited_s + ttft_s:.3g} s, more than "
-        f"{state.config.admission_factor:g} times the objective of {slo.ttft_s:g} s: try again later, or set a larger "
-        "slo.ttft_s",
+        f"the first token would come after {ttft_s:.3g} s, more than {factor:g} times the objective of {slo.ttft_s:g} "
+        "s: try again later, or set a larger slo.ttft_s",
         retry_after_s=max(MIN_RETRY_S, min(MAX_RETRY_S, excess_s)),
     )
-
-
-def _predict_ttft(state: State, option: OptionEstimate, patience_s: float) -> tuple[float, float]:
-    """(time to the first token, of it waiting): a round that cannot be on time may wait for all that is queued there,
-    whatever stands before it by deadline."""
-    if option.total_s <= patience_s:
-        return option.total_s, option.queue_s
-    queue_s = max(option.queue_s, state.fleet.workers[option.worker_id].load.wait_s(state.now))
-    return option.total_s - option.queue_s + queue_s, queue_s
 
 
 def explain_no_placement(state: State, model: str, num_needed_tokens: int) -> AmpdError:

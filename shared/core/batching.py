@@ -17,7 +17,7 @@ from typing import Protocol
 
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks
 from shared.core.kv_blocks import BlockAllocator
-from shared.core.reordering import OrderParameters, PrefillOrder, has_aged
+from shared.core.reordering import OrderParameters, PrefillOrder
 from shared.core.retention import IdleKv, RetentionName, choose_victim
 from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
 from shared.core.step_prediction import StepPredictor
@@ -124,13 +124,16 @@ class Scheduler:
         del kv.block_table[keep:]
         self.allocator.free(surplus, kv)
 
-    def reserve(self, kv: SessionKv, num_tokens: int, *, now: float = 0.0, evict: bool = True) -> bool:
+    def reserve(
+        self, kv: SessionKv, num_tokens: int, *, now: float = 0.0, evict: bool = True, num_aside: int = 0
+    ) -> bool:
         """Blocks for positions [0, num_tokens), idle sessions' KV evicted if need be; False, and nothing evicted, when
-        that is not enough."""
+        that is not enough, or would not leave room for `num_aside` tokens."""
         missing = self.allocator.blocks_for(num_tokens) - len(kv.block_table)
-        if missing > self.allocator.num_free:
+        num_aside = self.allocator.blocks_for(num_aside)
+        if missing + num_aside > self.allocator.num_free:
             idle = self._idle(kv) if evict else []
-            if missing > self.allocator.num_free + sum(len(victim.block_table) for victim in idle):
+            if missing + num_aside > self.allocator.num_free + sum(len(victim.block_table) for victim in idle):
                 return False
             while missing > self.allocator.num_free:
                 victim = self.choose_victim(idle, now)
@@ -244,9 +247,10 @@ class Scheduler:
                 break
             if not (may_begin or _has_begun(sequence)):
                 continue
-            behind = partial(self._list_behind, prefills, place, now)
+            behind = partial(self._list_behind, prefills, place)
             if not self._admit(sequence, behind, now):
-                may_begin = not self.order.is_strict(sequence.as_waiting(), now)
+                num_lacking = self._count_missing(sequence) * self.allocator.block_size
+                may_begin = self.order.may_be_passed(sequence.as_waiting(), num_lacking)
                 continue
             budget -= self._plan_prefill(sequence, budget, behind, chosen, now)
         if not chosen and prefills and not any(s.state is SequenceState.RESTORING for s in self.sequences):
@@ -257,12 +261,10 @@ class Scheduler:
         planned = self._keep_slack(planned)
         self._note_started(planned, waiting, now)
         if prefills:
-            self.order.note_turn(prefills[0].as_waiting(), now)
+            self.order.note_turn(prefills[0].as_waiting())
         return planned
 
     def _order_prefills(self, prefills: list[Sequence], now: float) -> list[Sequence]:
-        if len(prefills) < 2:
-            return prefills
         queue = [sequence.as_waiting() for sequence in prefills]
         for sequence, place in zip(prefills, queue, strict=True):
             place.work_s = self._predict_s(sequence)
@@ -314,14 +316,17 @@ class Scheduler:
         """
         if _has_begun(sequence):
             return True
-        missing = self._count_missing(sequence) + sum(map(self._count_missing, self._list_admitted()))
+        place = sequence.as_waiting()
+        num_own = self._count_missing(sequence)
+        missing = num_own + sum(map(self._count_missing, self._list_admitted()))
+        missing += self.allocator.blocks_for(self.order.count_aside(place))
         room = self.allocator.num_free
         if missing > room:
             room += sum(len(kv.block_table) for kv in self._idle(sequence.kv))
-        if missing > room and not self._by_deadline:
+        if missing > room and not self.order.by_deadline:
             room += sum(len(s.kv.block_table) for s in self._preemptible(sequence.kv, sequence.arrival))
         yielding: list[Sequence] = []
-        if missing > room and self._by_deadline and self.lower_tier is not None:
+        if missing > room and self.lower_tier is not None:
             for other in behind():
                 yielding.append(other)
                 room += len(other.kv.block_table)
@@ -333,11 +338,8 @@ class Scheduler:
         for other in yielding:
             self._preempt(other, now)
         sequence.admitted = True
+        self.order.note_begun(place, num_own * self.allocator.block_size)
         return True
-
-    @property
-    def _by_deadline(self) -> bool:
-        return self.order.parameters.order == "moore_hodgson"
 
     def _count_missing(self, sequence: Sequence) -> int:
         """Blocks to the end of its prefill."""
@@ -346,19 +348,18 @@ class Scheduler:
     def _list_admitted(self) -> Iterator[Sequence]:
         return (s for s in self.sequences if s.admitted and s.state is not SequenceState.ENDED and s.kv.num_missing > 1)
 
-    def _list_behind(self, prefills: list[Sequence], place: int, now: float) -> Iterator[Sequence]:
-        """Prefills that may have to yield to the one at `place`, the last in the order first. Who has aged keeps what
-        it has: it would never get on otherwise."""
-        if not self._by_deadline:
+    def _list_behind(self, prefills: list[Sequence], place: int) -> Iterator[Sequence]:
+        """Prefills that may have to yield to the one at `place`, the last in the order first. The oldest that has aged
+        keeps what it has, it would never get on otherwise, and takes nothing from those in time."""
+        if not self.order.by_deadline or self.order.is_oldest_aged(prefills[place].as_waiting()):
             return iter(())
-        ageing = self.order.parameters.ageing
         return (
             other
             for other in reversed(prefills[place + 1 :])
             if other.state is SequenceState.READY
             and other.preemptible
             and other.kv.block_table
-            and not has_aged(other.as_waiting(), now, ageing)
+            and not self.order.is_oldest_aged(other.as_waiting())
         )
 
     def _plan_prefill(

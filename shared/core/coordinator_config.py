@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from shared.core.patience import ADMISSION_FACTOR
 from shared.core.policies import SchedulingPolicy, find_policy, switch_off, with_options
 from shared.core.profile import Profile
 from shared.errors import AmpdError, ErrorCode
@@ -34,7 +35,7 @@ class CoordinatorConfig:
     closed_explained: int = 256  # closed sessions whose decisions can still be asked for
 
     # admission
-    admission_factor: float = 1.5  # of the TTFT objective, beyond which a session's first round is refused
+    admission_factor: float = ADMISSION_FACTOR  # of the TTFT objective, beyond which a session's first round is refused
     max_sessions: int = 10_000
     max_sessions_per_tenant: int = 10_000
     max_rounds_in_flight: int = 1_024

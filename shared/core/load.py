@@ -78,6 +78,12 @@ class WorkerLoad:
         """KV promised to the sessions bound here, in units of the pool."""
         return self.num_promised_tokens / self.num_kv_tokens
 
+    def has_room(self, num_tokens: int, now: float) -> bool:
+        """For one more round that needs so much KV, beside those in flight."""
+        if self.num_active_tokens + num_tokens <= self.num_kv_tokens:
+            return True
+        return self.count_pressing_tokens(now) + num_tokens <= self.num_kv_tokens
+
     def count_pressing_tokens(self, now: float) -> int:
         """KV that the rounds in flight need, those left out whose prefill is late already: they yield their room."""
         num_tokens = self.num_active_tokens
@@ -98,10 +104,8 @@ class WorkerLoad:
     def work_s(self, num_history: int, num_new: int) -> float:
         """Time that a prefill takes of the worker when steps are full: its tokens at the best rate, its attention."""
         costs = self.costs
-        full = 2_048
-        per_token_s = costs.linear(full) / full
-        attended_s = max(0.0, costs.attend(num_history, num_new) - costs.attend_floor_s)
-        return self.prefill_correction * costs.scale * (num_new * per_token_s + attended_s)
+        attended_s = max(0.0, costs.attend_s(num_history, num_new) - costs.attend_floor_s)
+        return self.prefill_correction * costs.scale * (num_new * costs.token_s + attended_s)
 
     def prefill_s(self, num_history: int, num_new: int) -> float:
         """T_pre alone, corrected by what was measured here."""

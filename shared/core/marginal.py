@@ -32,17 +32,17 @@ ON_TIME_IS_ALIKE = 0.02  # rounds: options this close are told apart by what the
 
 def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
     """Compare the decode worker with the least loaded prefill workers and those that hold the session's KV."""
-    local = _judge(view, parameters, view.decode, estimate_local(view, parameters))
-    options = [local]
+    has_room = view.decode.has_room(view.num_needed_tokens, view.now)
+    options = [_judge(view, parameters, view.decode, estimate_local(view, parameters), has_room)]
     workers = [view.decode]
     for load in shortlist(view):
-        options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters)))
+        options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters), has_room))
         workers.append(load)
     best = max(range(len(options)), key=lambda index: _score(options[index], workers[index], view, parameters))
     num_here = len(options)
     if view.movable and _gain(options[best]) < MOVE_BELOW:
         for load in shortlist_movable(view):
-            options.append(_judge(view, parameters, load, estimate_moved(view, load, parameters)))
+            options.append(_judge(view, parameters, load, estimate_moved(view, load, parameters), has_room=True))
             workers.append(load)
         best = max(range(len(options)), key=lambda index: _score(options[index], workers[index], view, parameters))
     reason = f"{_gain(options[best]):+.2f} rounds on time"
@@ -59,7 +59,7 @@ def shortlist_movable(view: RoutingView) -> list[WorkerLoad]:
     chosen: list[WorkerLoad] = []
     for _, index in sorted(measured):
         load = view.movable[index]
-        if load.count_pressing_tokens(view.now) + view.num_needed_tokens <= load.num_kv_tokens:
+        if load.has_room(view.num_needed_tokens, view.now):
             chosen.append(load)
             if len(chosen) == NUM_LEAST_LOADED:
                 break
@@ -91,14 +91,14 @@ def shortlist(view: RoutingView) -> list[WorkerLoad]:
 
 
 def _judge(
-    view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, estimate: OptionEstimate
+    view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, estimate: OptionEstimate, has_room: bool
 ) -> OptionEstimate:
-    """Add the probabilities: that this round is on time, and that another no longer is."""
+    """Add the probabilities: that this round is on time, and that another no longer is. `has_room`: of KV, where it
+    decodes."""
     margin_s = view.deadline - view.now - estimate.total_s
     spread_s = parameters.uncertainty * estimate.total_s + 0.002
     on_time = _probability(margin_s / spread_s)
-    decode = load if estimate.placement == "local" else view.decode
-    if decode.count_pressing_tokens(view.now) + view.num_needed_tokens > decode.num_kv_tokens:
+    if not has_room:
         on_time *= NO_ROOM  # it has to wait until others have ended
     _, slack_s = load.wait_before_s(view.deadline, view.now)
     disturbed = 0.0

@@ -41,19 +41,22 @@ class WaitingPrefill:
 @dataclass(frozen=True, slots=True)
 class OrderParameters:
     """`window` and `max_postponements` as in the paper. moore_hodgson: who has waited longer than `ageing` times its
-    TTFT objective gets every `aged_every`-th turn: enough that none starves, too little to make the others late."""
+    TTFT objective has aged. The oldest of these gets one of `aged_every` turns, and of the KV room that others take one
+    part in `aged_room` is put aside for it: enough that none starves, too little to make the others late."""
 
     order: OrderName = "window"
     window: int = 3
     max_postponements: int = 8
-    ageing: float = 4.0
-    aged_every: int = 4
+    ageing: float = 8.0
+    aged_every: int = 20
+    aged_room: int = 100
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= MAX_WINDOW:
             raise ValueError(f"window must be in [1, {MAX_WINDOW}], got {self.window}")
-        if self.aged_every < 1:
-            raise ValueError(f"aged_every must be at least 1, got {self.aged_every}")
+        for name, value in (("aged_every", self.aged_every), ("aged_room", self.aged_room)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def order_prefills(
@@ -147,36 +150,67 @@ def has_aged(task: WaitingPrefill, now: float, ageing: float) -> bool:
 
 
 class PrefillOrder:
-    """The order of one worker's queue over time: counts who was passed over, and takes turns with the aged.
+    """The order of one worker's queue over time: counts who was passed over, and gives the aged their share.
 
     A turn is one step of the worker (or one task, where tasks run whole). Of any `aged_every` successive turns one goes
     to the oldest task that has aged: a task with k older ones in the queue starts at most (k + 1) * aged_every turns
-    after it has aged, plus the turns that those k need in all.
+    after it has aged, plus the turns that those k need in all. Where it lacks KV room it holds nobody up, but with
+    every task that begins some room is put aside for it: when the others have taken `aged_room` times what it needs,
+    that much is free.
     """
 
     def __init__(self, parameters: OrderParameters) -> None:
         self.parameters = parameters
         self._num_turns = 0  # since the oldest aged task had one
         self._oldest_aged: WaitingPrefill | None = None
+        self._num_lacking = 0  # KV tokens that it last found missing, ...
+        self._num_aside = 0.0  # ... and of them put aside
+
+    @property
+    def by_deadline(self) -> bool:
+        return self.parameters.order == "moore_hodgson"
 
     def order(self, queue: Sequence[WaitingPrefill], now: float) -> list[int]:
-        if self.parameters.order != "moore_hodgson":
+        if not self.by_deadline:
             return order_prefills(queue, now, self.parameters)
-        oldest = find_oldest_aged(queue, now, self.parameters.ageing)
-        self._oldest_aged = queue[oldest] if oldest is not None else None
+        index = find_oldest_aged(queue, now, self.parameters.ageing)
+        oldest = queue[index] if index is not None else None
+        if oldest is not self._oldest_aged:
+            self._oldest_aged = oldest
+            self._forget_room()
         aged_turn = self._num_turns >= self.parameters.aged_every - 1
         return order_prefills(queue, now, self.parameters, aged_turn=aged_turn)
 
-    def is_strict(self, task: WaitingPrefill, now: float) -> bool:
-        """Whether none may pass this task when there is no room for it: always in order of arrival; where tasks are
-        served by deadline, smaller ones pass until it has aged."""
-        return self.parameters.order != "moore_hodgson" or has_aged(task, now, self.parameters.ageing)
+    def is_oldest_aged(self, task: WaitingPrefill) -> bool:
+        """Of the queue last ordered. It keeps the KV room it has, and takes none from who would be on time."""
+        return task is self._oldest_aged
+
+    def count_aside(self, task: WaitingPrefill) -> int:
+        """KV tokens that must be left free when `task` begins."""
+        return 0 if task is self._oldest_aged else int(min(self._num_aside, self._num_lacking))
+
+    def may_be_passed(self, task: WaitingPrefill, num_lacking: int) -> bool:
+        """There is no room for the `num_lacking` KV tokens of `task`: whether those behind it may begin. Served in
+        order of arrival never, by deadline always."""
+        if task is self._oldest_aged:
+            self._num_lacking = num_lacking
+        return self.by_deadline
+
+    def note_begun(self, task: WaitingPrefill, num_tokens: int) -> None:
+        """`task` has begun and takes room for so many KV tokens."""
+        if task is self._oldest_aged:
+            self._forget_room()
+        elif self._oldest_aged is not None:
+            self._num_aside += num_tokens / self.parameters.aged_room
 
     def note_started(self, queue: Sequence[WaitingPrefill], index: int) -> None:
         """The task at `index` of `queue` starts: those before it have been passed over."""
         for task in queue[:index]:
             task.num_postponements += 1
 
-    def note_turn(self, first: WaitingPrefill, now: float) -> None:
+    def note_turn(self, first: WaitingPrefill) -> None:
         """A turn goes to `first`."""
         self._num_turns = 0 if first is self._oldest_aged else self._num_turns + 1
+
+    def _forget_room(self) -> None:
+        self._num_lacking, self._num_aside = 0, 0.0

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.chunking import ChunkParameters
 from shared.core.load import WorkerLoad, transfer_s
 from shared.messages import Slo
 
@@ -63,15 +63,12 @@ class RoutingView:
     num_restorable_tokens: int = 0
     resident: Mapping[str, int] = field(default_factory=dict)
     waited_s: float = 0.0  # since the client's round arrived
+    num_new_tokens: int = field(init=False)  # to be computed when the prefill runs locally
+    deadline: float = field(init=False)  # of the first token
 
-    @property
-    def num_new_tokens(self) -> int:
-        """To be computed when the prefill runs locally."""
-        return self.num_total_tokens - max(self.num_cached_tokens, self.num_restorable_tokens)
-
-    @property
-    def deadline(self) -> float:
-        return self.now - self.waited_s + self.slo.ttft_s
+    def __post_init__(self) -> None:
+        self.num_new_tokens = self.num_total_tokens - max(self.num_cached_tokens, self.num_restorable_tokens)
+        self.deadline = self.now - self.waited_s + self.slo.ttft_s
 
 
 class OptionEstimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,21 +181,34 @@ def predict_mixed_prefill(
     batch = len(load.decoding)
     if batch == 0 or num_new <= 0:
         return alone_s, 1.0
-    context = load.mean_context
-    limit_s = parameters.chunk.itl_share * itl_slo_s
-    if parameters.chunk.chunk == "slack" and num_new <= parameters.chunk.max_prefill_tokens:
-        whole_s = load.costs.step_s(batch, context, ((num_history, num_new),))
-        if whole_s <= limit_s:  # one step: most rounds of agents are so short, and no chunk need be sought
-            whole_s *= load.prefill_correction
-            return whole_s, max(1.0, whole_s / alone_s) if alone_s > 0 else 1.0
-    budget = budget_prefill_tokens(
-        parameters.chunk, load.costs, batch=batch, mean_context=context, itl_slo_s=itl_slo_s, num_history=num_history
-    )
-    num_steps = -(-num_new // budget)
-    chunk = num_new / num_steps
-    mixed_s = num_steps * load.costs.step_s(batch, context, ((num_history + num_new // 2, int(chunk)),))
+    chunk, context = parameters.chunk, load.mean_context
+    if chunk.chunk == "slack":
+        mixed_s = _predict_slack(load, chunk, context, num_history, num_new, itl_slo_s)
+    else:
+        num_steps = -(-num_new // chunk.chunk_tokens)
+        step = (num_history + num_new // 2, num_new // num_steps)
+        mixed_s = num_steps * load.costs.step_s(batch, context, (step,))
     mixed_s *= load.prefill_correction
     return mixed_s, max(1.0, mixed_s / alone_s) if alone_s > 0 else 1.0
+
+
+def _predict_slack(
+    load: WorkerLoad, chunk: ChunkParameters, context: float, num_history: int, num_new: int, itl_slo_s: float
+) -> float:
+    batch, limit_s = len(load.decoding), chunk.itl_share * itl_slo_s
+    if num_new <= chunk.max_prefill_tokens:
+        whole_s = load.costs.step_s(batch, context, ((num_history, num_new),))
+        if whole_s <= limit_s:  # one step: most rounds of agents are so short
+            return whole_s
+    return load.costs.sliced_prefill_s(
+        batch,
+        context,
+        num_history,
+        num_new,
+        limit_s,
+        min_chunk=chunk.min_chunk_tokens,
+        max_chunk=chunk.max_prefill_tokens,
+    )
 
 
 def _wait_s(

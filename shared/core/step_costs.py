@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from math import ceil
 
 from shared.core.profile import Curve, DegreeProfile, Grid, Links, Profile
 
 CHUNK_STEP = 8  # tokens: a largest chunk is found to within this
+FULL_STEP_TOKENS = 2_048  # a step of so many has the best rate
 PREFILL_STEP_TOKENS = 8_192  # T_pre of more tokens is the sum of steps of this size
 
 
@@ -34,6 +36,11 @@ class PiecewiseLinear:
         index = bisect_right(self._cuts, x)
         y = self._offsets[index] + x * self._slopes[index]
         return y if y > 0.0 else 0.0
+
+    def piece_at(self, y: float) -> tuple[float, float]:
+        """(offset, slope) of the piece that reaches `y`; y must ascend."""
+        index = min(max(0, bisect_right(self._ys, y) - 1), len(self._slopes) - 1)
+        return self._offsets[index], self._slopes[index]
 
     def inverse(self, y: float) -> float:
         """The largest x with y(x) <= `y`, below the first point where there is none; y must ascend."""
@@ -83,6 +90,7 @@ class StepCosts:
     """Durations on one worker in seconds. `scale` multiplies every computed time (a running correction, a what-if)."""
 
     __slots__ = (
+        "_attended",
         "attend",
         "attend_floor_s",
         "decode_attend",
@@ -95,6 +103,7 @@ class StepCosts:
         "num_kv_tokens",
         "parallel_degree",
         "scale",
+        "token_s",
     )
 
     def __init__(self, degree: DegreeProfile, links: Links, kv_bytes_per_token: int, *, scale: float = 1.0) -> None:
@@ -102,6 +111,8 @@ class StepCosts:
         self.attend = Bilinear(degree.prefill_attention)
         self.decode_attend = Bilinear(degree.decode_attention)
         self.attend_floor_s = self.attend(0, 1)
+        self.token_s = self.linear(FULL_STEP_TOKENS) / FULL_STEP_TOKENS
+        self._attended = (0, 1, self.attend_floor_s)
         self.parallel_degree = degree.parallel_degree
         self.num_kv_tokens = degree.num_kv_tokens
         self.kv_bytes_per_token = kv_bytes_per_token
@@ -115,6 +126,15 @@ class StepCosts:
     def from_profile(cls, profile: Profile, parallel_degree: int, *, scale: float = 1.0) -> StepCosts:
         """Raises AmpdError INVALID_REQUEST for a degree that the profile does not have."""
         return cls(profile.degree(parallel_degree), profile.links, profile.kv_bytes_per_token, scale=scale)
+
+    def attend_s(self, num_history: int, num_new: int) -> float:
+        """Attention of one prefill chunk, unscaled. A decision asks for the same one several times in turn."""
+        asked_history, asked_new, attended_s = self._attended
+        if asked_history == num_history and asked_new == num_new:
+            return attended_s
+        attended_s = self.attend(num_history, num_new)
+        self._attended = (num_history, num_new, attended_s)
+        return attended_s
 
     def decode_step_s(self, batch: int, mean_context: float) -> float:
         """T_dec: one token for each of `batch` sequences."""
@@ -131,7 +151,7 @@ class StepCosts:
         attention_s = self.decode_attend(batch, mean_context) if batch else 0.0
         for index, (history, chunk) in enumerate(chunks):
             num_tokens += chunk
-            attended_s = self.attend(history, chunk)
+            attended_s = self.attend_s(history, chunk)
             attention_s += attended_s if index == 0 else max(0.0, attended_s - self.attend_floor_s)
         return self.scale * (self.linear(num_tokens) + attention_s) if num_tokens else 0.0
 
@@ -143,8 +163,33 @@ class StepCosts:
             num_history += PREFILL_STEP_TOKENS
             num_new -= PREFILL_STEP_TOKENS
         if num_new > 0:
-            total_s += self.linear(num_new) + self.attend(num_history, num_new)
+            total_s += self.linear(num_new) + self.attend_s(num_history, num_new)
         return self.scale * total_s
+
+    def sliced_prefill_s(
+        self,
+        batch: int,
+        mean_context: float,
+        num_history: int,
+        num_new: int,
+        limit_s: float,
+        *,
+        min_chunk: int,
+        max_chunk: int,
+    ) -> float:
+        """A prefill beside `batch` decodes, in equal chunks as large as keep each step within `limit_s`; chunks are of
+        min_chunk tokens at least and max_chunk at most. As many steps as the linear piece that reaches the limit and
+        the attention in all ask for: no chunk is sought."""
+        decode_s = self.decode_attend(batch, mean_context)
+        attended_s = max(0.0, self.attend_s(num_history, num_new) - self.attend_floor_s)
+        offset, slope = self.linear.piece_at(limit_s / self.scale - decode_s)
+        room_s = limit_s / self.scale - (offset + slope * batch + decode_s + self.attend_floor_s)
+        least, most = -(-num_new // max_chunk), -(-num_new // min_chunk)
+        wanted = ceil((slope * num_new + attended_s) / room_s) if room_s > 0.0 else most
+        num_steps = max(least, min(most, wanted))
+        chunk = num_new / num_steps
+        step_s = self.linear(batch + chunk) + decode_s + self.attend(num_history + num_new / 2, chunk)
+        return self.scale * num_steps * step_s
 
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""

@@ -144,9 +144,10 @@ class EngineLoop:
             await self._step_ended.wait()
         return self.scheduler.reserve_preempting(kv, num_tokens, arrival, now=self.clock())
 
-    def reserve_idle(self, kv: SessionKv, num_tokens: int, *, evict: bool = True) -> bool:
-        """Blocks for positions [0, num_tokens), from what no running sequence holds; may be called during a step."""
-        return self.scheduler.reserve(kv, num_tokens, now=self.clock(), evict=evict)
+    def reserve_idle(self, kv: SessionKv, num_tokens: int, *, evict: bool = True, num_aside: int = 0) -> bool:
+        """Blocks for positions [0, num_tokens), from what no running sequence holds, `num_aside` tokens left free; may
+        be called during a step."""
+        return self.scheduler.reserve(kv, num_tokens, now=self.clock(), evict=evict, num_aside=num_aside)
 
     async def reserve_soon(
         self, kv: SessionKv, num_tokens: int, timeout_s: float, is_wanted: Callable[[], bool]

@@ -108,3 +108,15 @@ def test_everything_after_a_failed_round_counts_against_attainment() -> None:
     outcome = summarise(make_result([first, failed], []), SLO)
     assert outcome.num_rounds == 4
     assert outcome.attainment == pytest.approx(0.25)
+
+
+def test_a_round_that_got_no_token_has_waited_to_the_end_of_the_run() -> None:
+    """Who starves belongs into the tail of the TTFTs, and nobody starves unseen by never completing."""
+    session = make_session(3)
+    finished = make_round(session, 0, 0.0, ttft_s=0.5)
+    decoding = make_round(make_session(1), 0, 90.0, ttft_s=4.0)
+    stuck = make_round(session, 1, 3.0, ttft_s=None)
+    outcome = summarise(make_result([finished], [stuck, decoding]), SLO, until_s=95.0)
+    assert (outcome.ttft_p50_s, outcome.ttft_max_s) == (4.0, 97.0)
+    warm = summarise(make_result([finished], [stuck, decoding]), SLO, warm_s=5.0, until_s=95.0)
+    assert warm.ttft_max_s == 4.0

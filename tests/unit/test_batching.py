@@ -202,19 +202,44 @@ def test_no_prefill_begins_that_could_not_be_held_to_its_end() -> None:
     assert scheduler.num_preemptions == 0
 
 
-@pytest.mark.parametrize(
-    ("order", "now", "num_items"), [("fcfs", 2.0, 1), ("window", 2.0, 1), ("moore_hodgson", 2.0, 2),
-                                    ("moore_hodgson", 20.0, 1)]
-)  # fmt: skip
-def test_a_smaller_prefill_passes_only_by_deadline_and_nobody_that_has_aged(
-    order: OrderName, now: float, num_items: int
-) -> None:
+@pytest.mark.parametrize(("order", "num_items"), [("fcfs", 1), ("window", 1), ("moore_hodgson", 2)])
+def test_a_smaller_prefill_passes_only_by_deadline(order: OrderName, num_items: int) -> None:
     scheduler = make_scheduler(num_blocks=17, prefill=100)
-    follow(scheduler, order=order, ageing=0.4)
+    follow(scheduler, order=order)
     with_deadline(add_session(scheduler, "running", 40, 0.0), 30.0)
     with_deadline(add_session(scheduler, "large", 40, 1.0), 40.0)
     with_deadline(add_session(scheduler, "small", 8, 2.0), 50.0)
-    assert len(scheduler.plan_step(now)) == num_items
+    assert len(scheduler.plan_step(2.0)) == num_items
+
+
+@pytest.mark.parametrize("aged_room", [2, 5])
+def test_a_large_prefill_that_has_aged_gets_room_however_many_small_ones_come(aged_room: int) -> None:
+    """A stream of small ones, always in time, takes the blocks as they come free; one in aged_room is put aside."""
+    assert _count_tokens_before_large(aged_room) <= aged_room * 40 + 64
+    assert _count_tokens_before_large(1_000) == math.inf, "without it the large one starves"
+
+
+def _count_tokens_before_large(aged_room: int) -> float:
+    """KV room that small prefills took before a large one began; inf if they took 4,000 tokens."""
+    scheduler = make_scheduler(num_blocks=17, prefill=100)  # 64 tokens
+    follow(scheduler, order="moore_hodgson", ageing=1.0, aged_every=4, aged_room=aged_room)
+    small: list[Sequence] = []
+    large: Sequence | None = None
+    for number in range(1, 501):
+        now = float(number)
+        if number == 9:  # the memory is full
+            large = with_deadline(add_session(scheduler, "large", 40, now), now + 0.001)
+        small.append(with_deadline(add_session(scheduler, f"small{number}", 8, now), now + 50.0))
+        scheduler.plan_step(now)
+        if large is not None and large.admitted:
+            return 8 * sum(one.admitted for one in small[8:])
+        running = [one for one in small if one.admitted and one.state is not SequenceState.ENDED]
+        for one in running:
+            one.kv.num_kv = one.kv.num_tokens - 1
+        if len(running) > 6 or (running and number > 9):  # the oldest ends, and its session with it
+            scheduler.remove(running[0], now)
+            scheduler.drop(running[0].kv.key)
+    return math.inf
 
 
 @settings(max_examples=60, deadline=None)

@@ -465,7 +465,7 @@ def test_a_first_round_that_would_wait_far_past_its_objective_is_refused_with_a_
 @pytest.mark.parametrize("why", ["patient", "on time", "later round", "other policy", "long prompt"])
 def test_other_rounds_are_let_in(why: str) -> None:
     options = {"admission": why != "other policy"}
-    driver = Driver(policy="adaptive", kv_overcommit=100.0, policy_options=options)
+    driver = Driver(policy="adaptive", kv_overcommit=100.0, policy_options=options, admission_factor=3.0)
     driver.beat("d", prefill_tokens_per_s=100.0)
     driver.answer(OpenSession(slo=Slo(ttft_s=8.0 if why == "patient" else 2.0)))
     if why == "later round":

@@ -14,6 +14,7 @@ from itertools import permutations
 import pytest
 
 from shared.core.reordering import (
+    OrderName,
     OrderParameters,
     PrefillOrder,
     WaitingPrefill,
@@ -179,7 +180,7 @@ def _start_against_a_stream(
             return num_turns
         if parameters.order == "window" or has_aged(ours, now, parameters.ageing):
             num_turns += 1
-        order.note_turn(chosen, now)
+        order.note_turn(chosen)
         turns_left[chosen.key] = turns_left.get(chosen.key, 1) - 1
         if turns_left[chosen.key] == 0:
             order.note_started(queue, index)
@@ -198,7 +199,7 @@ def test_an_older_task_with_a_longer_objective_does_not_keep_an_aged_one_waiting
     for number in range(aged_every):
         queue = [patient, ours, task(1.1, 1, arrival=NOW, number=2 + number)]
         chosen.append(queue[order.order(queue, NOW)[0]])
-        order.note_turn(chosen[-1], NOW)
+        order.note_turn(chosen[-1])
     assert ours in chosen
 
 
@@ -208,3 +209,36 @@ def test_the_oldest_goes_first_only_once_it_has_aged() -> None:
     assert lift_aged([2, 1, 0], queue, NOW, 3.0) == [2, 1, 0], "3 times are not more than 3 times"
     assert lift_aged([2, 1, 0], queue, NOW, 2.9) == [1, 2, 0]
     assert lift_aged([], [], NOW, 1.0) == []
+
+
+def test_room_is_put_aside_for_the_oldest_aged_task_alone() -> None:
+    order = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=4.0, aged_every=20, aged_room=10))
+    aged, second = task(-49, 5, arrival=NOW - 50), task(-39, 5, arrival=NOW - 40, number=1)
+    fresh = task(5, 1, arrival=NOW, number=2)
+    order.note_begun(fresh, 1_000)
+    order.order([aged, second, fresh], NOW)
+    assert order.is_oldest_aged(aged)
+    assert not order.is_oldest_aged(second)
+    assert order.count_aside(fresh) == 0, "what began before it had aged puts nothing aside"
+    assert order.may_be_passed(aged, 150)
+    assert order.may_be_passed(second, 9_000)
+    order.note_begun(fresh, 1_000)
+    assert [order.count_aside(one) for one in (aged, second, fresh)] == [0, 100, 100]
+    order.note_begun(second, 1_000)
+    assert order.count_aside(fresh) == 150, "no more than it lacks"
+    order.note_begun(aged, 150)
+    assert order.count_aside(fresh) == 0
+    order.may_be_passed(aged, 150)
+    order.note_begun(fresh, 1_000)
+    order.order([second, fresh], NOW)
+    assert order.count_aside(fresh) == 0, "it has gone: the next begins with nothing"
+
+
+@pytest.mark.parametrize("name", ["fcfs", "window"])
+def test_in_order_of_arrival_nobody_passes_who_lacks_room(name: OrderName) -> None:
+    order = PrefillOrder(OrderParameters(order=name))
+    aged, fresh = task(-49, 5, arrival=NOW - 50), task(5, 1, arrival=NOW, number=1)
+    order.order([aged, fresh], NOW)
+    assert not order.may_be_passed(aged, 100)
+    order.note_begun(fresh, 1_000_000)
+    assert order.count_aside(fresh) == 0

@@ -157,7 +157,7 @@ def test_moore_hodgson_with_ageing_starves_nobody(
                 allowed.setdefault(id(one), (older + 1) * aged_every)
         index = order.order(queue, now)[0]
         order.note_started(queue, index)
-        order.note_turn(queue[index], now)
+        order.note_turn(queue[index])
         started = queue.pop(index)
         for one in queue:
             if id(one) in allowed:

@@ -62,6 +62,12 @@ def test_inverse_is_the_largest_x_that_is_not_above(pieces: list[tuple[int, int]
         assert curve(x + 1e-3) > y
 
 
+def test_inverse_of_a_curve_that_ends_flat_is_its_last_point() -> None:
+    curve = PiecewiseLinear((0, 10, 20), (0.0, 1.0, 1.0))
+    assert curve.inverse(0.5) == 5.0
+    assert curve.inverse(2.0) >= 20.0
+
+
 def test_a_grid_is_bilinear_between_its_points_and_beyond() -> None:
     grid = Bilinear(GRID)
     for row, times in zip(GRID.rows, GRID.s, strict=True):
@@ -121,6 +127,35 @@ def test_the_largest_chunk_fits_and_a_little_more_does_not(
         assert costs.step_s(batch, mean_context, [(num_history, chunk)]) <= budget_s * (1 + 1e-9)
     # maximal to within a block of tokens: it is rounded down to one afterwards
     assert costs.step_s(batch, mean_context, [(num_history, chunk + 17)]) > budget_s * (1 - 1e-9)
+
+
+@given(
+    st.integers(1, 60), st.floats(500, 20_000), st.integers(0, 60_000), st.integers(1, 30_000), st.floats(0.03, 0.08)
+)
+def test_a_sliced_prefill_is_predicted_as_its_steps_would_take(
+    batch: int, mean_context: float, num_history: int, num_new: int, limit_s: float
+) -> None:
+    """Against taking the largest chunk again and again: never far above, and below by a third at most, where the
+    objective leaves so little room that chunks of the least size do not keep to it anyway."""
+    done, total_s = 0, 0.0
+    while done < num_new:
+        chunk = COSTS.largest_chunk(batch, mean_context, num_history + done, limit_s)
+        chunk = min(num_new - done, max(64, min(8_192, chunk)))
+        total_s += COSTS.step_s(batch, mean_context, [(num_history + done, chunk)])
+        done += chunk
+    sliced_s = COSTS.sliced_prefill_s(batch, mean_context, num_history, num_new, limit_s, min_chunk=64, max_chunk=8_192)
+    assert 0.6 * total_s <= sliced_s <= 1.2 * total_s
+
+
+def test_one_slice_is_one_step() -> None:
+    sliced_s = COSTS.sliced_prefill_s(8, 2_000.0, 4_000, 300, 10.0, min_chunk=64, max_chunk=8_192)
+    assert sliced_s == pytest.approx(COSTS.step_s(8, 2_000.0, [(4_150, 300)]))
+
+
+def test_attention_asked_again_is_the_same() -> None:
+    costs = StepCosts.from_profile(PROFILE, 2, scale=2.0)
+    for num_history, num_new in ((0, 1), (4_000, 300), (4_000, 300), (300, 4_000), (4_000, 300)):
+        assert costs.attend_s(num_history, num_new) == costs.attend(num_history, num_new)
 
 
 @pytest.mark.parametrize("name", list_profiles())
