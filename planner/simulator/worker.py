@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from planner.simulator.kv_memory import KvMemory, SimKv
 from planner.simulator.rounds import SimRound
-from shared.core.chunking import budget_prefill_tokens, fit_chunks
+from shared.core.chunking import budget_prefill_tokens, fit_chunks, measure_stretch
 from shared.core.load import WorkerLoad
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import PrefillOrder, WaitingPrefill
@@ -262,7 +262,7 @@ class SimWorker:
         """The first in order that there is room for."""
         order = self._staging_order
         waiting = [prefill.waiting for prefill in self.unstaged]
-        for index in order.order(waiting, now):
+        for index in order.order(waiting, now, self._measure_stretch(self.unstaged[0])):
             prefill = self.unstaged[index]
             missing = prefill.stop - prefill.kv.num_tokens
             needed = missing + order.count_aside(prefill.waiting)
@@ -446,7 +446,7 @@ class SimWorker:
         waiting = [prefill.waiting for prefill in self.queue]
         reserved = self._count_reserved()
         ready: list[SimPrefill] = []
-        order = self._order.order(waiting, now)
+        order = self._order.order(waiting, now, self._measure_stretch(self.queue[0]))
         for place, index in enumerate(order):
             prefill = self.queue[index]
             if prefill.is_fetching:
@@ -472,6 +472,15 @@ class SimWorker:
                     continue  # no room for it now
             ready.append(prefill)
         return ready
+
+    def _measure_stretch(self, prefill: SimPrefill) -> float:
+        """How much longer prefills take beside the batch than alone."""
+        if not self.batch or self._pauses or not self._order.by_deadline:
+            return 1.0
+        history = prefill.kv.num_tokens
+        return measure_stretch(
+            self.costs, self._choose_budget(history), history, self.batch, self.num_context_tokens / self.batch
+        )
 
     def _displace(self, behind: list[int], reserved: int, missing: int, now: float) -> int:
         """Those further behind in the order give up their room, the last first, if that is enough: their KV goes to

@@ -193,7 +193,8 @@ class PrefillRole:
         now = self._context.clock()
         queue = [job.waiting for job in self._queue]
         # what is staged runs before it
-        order = self._order.order(queue, now + sum(job.waiting.work_s for job in self._staged))
+        stretch = self._engine.scheduler.measure_stretch()
+        order = self._order.order(queue, now + stretch * sum(job.waiting.work_s for job in self._staged), stretch)
         for index in order:
             job = self._queue[index]
             kv = self.residents.find(job.session) or SessionKv(job.session, resident=True)

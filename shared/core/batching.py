@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks
+from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks, measure_stretch
 from shared.core.kv_blocks import BlockAllocator
 from shared.core.reordering import OrderParameters, PrefillOrder
 from shared.core.retention import IdleKv, RetentionName, choose_victim
@@ -268,7 +268,17 @@ class Scheduler:
         queue = [sequence.as_waiting() for sequence in prefills]
         for sequence, place in zip(prefills, queue, strict=True):
             place.work_s = self._predict_s(sequence)
-        return [prefills[index] for index in self.order.order(queue, now)]
+        return [prefills[index] for index in self.order.order(queue, now, self.measure_stretch())]
+
+    def measure_stretch(self) -> float:
+        """How much longer prefills take beside the sequences that decode than alone."""
+        costs = self.predictor.costs
+        decoding = [s for s in self._ready() if s.kv.num_missing == 1 and s.preemptible]
+        if costs is None or not decoding or not self.order.by_deadline:
+            return 1.0
+        mean_context = sum(s.kv.num_tokens for s in decoding) / len(decoding)
+        budget = self._budget_beside(decoding, 0)
+        return measure_stretch(costs, budget, 0, len(decoding), mean_context)
 
     def _keep_slack(self, planned: list[PlannedItem]) -> list[PlannedItem]:
         """The step as a whole keeps to the batch's slack: what its prefills take together, the last gives way."""
@@ -296,6 +306,9 @@ class Scheduler:
         if not prefills:
             return 0
         decoding = [s for s in decodes if s.preemptible]  # not the last token of a prefill for another worker
+        return self._budget_beside(decoding, prefills[0].kv.num_kv)
+
+    def _budget_beside(self, decoding: list[Sequence], num_history: int) -> int:
         batch = len(decoding)
         itl_slo_s = min((s.itl_slo_s for s in decoding), default=MAX_ITL_SLO_S)
         return budget_prefill_tokens(
@@ -304,7 +317,7 @@ class Scheduler:
             batch=batch,
             mean_context=sum(s.kv.num_tokens for s in decoding) / batch if batch else 0.0,
             itl_slo_s=min(MAX_ITL_SLO_S, max(0.0, itl_slo_s)),
-            num_history=prefills[0].kv.num_kv,
+            num_history=num_history,
         )
 
     def _admit(self, sequence: Sequence, behind: Callable[[], Iterator[Sequence]], now: float) -> bool:

@@ -47,6 +47,12 @@ def budget_prefill_tokens(
     return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
 
 
+def measure_stretch(costs: StepCosts, budget_tokens: int, num_history: int, batch: int, mean_context: float) -> float:
+    """How much longer prefills take in steps of `budget_tokens` beside `batch` decodes than alone at the best rate."""
+    step_s = costs.step_s(batch, mean_context, ((num_history, budget_tokens),))
+    return max(1.0, step_s / costs.work_s(num_history, budget_tokens))
+
+
 def fit_chunks(
     parameters: ChunkParameters,
     costs: StepCosts | None,

@@ -59,7 +59,7 @@ class WorkerLoad:
     _step_asked: tuple[int, int, int, float, float, StepCosts] | None = field(default=None, init=False, repr=False)
     _step_s: float = field(default=0.0, init=False, repr=False)
     # the last question to wait_before_s and its answer: a decision asks twice
-    _waited: tuple[float, float, float, float] | None = field(default=None, init=False, repr=False)
+    _waited: tuple[float, float, float, float, float] | None = field(default=None, init=False, repr=False)
 
     @property
     def takes_prefill(self) -> bool:
@@ -103,9 +103,7 @@ class WorkerLoad:
 
     def work_s(self, num_history: int, num_new: int) -> float:
         """Time that a prefill takes of the worker when steps are full: its tokens at the best rate, its attention."""
-        costs = self.costs
-        attended_s = max(0.0, costs.attend_s(num_history, num_new) - costs.attend_floor_s)
-        return self.prefill_correction * costs.scale * (num_new * costs.token_s + attended_s)
+        return self.prefill_correction * self.costs.work_s(num_history, num_new)
 
     def prefill_s(self, num_history: int, num_new: int) -> float:
         """T_pre alone, corrected by what was measured here."""
@@ -127,28 +125,32 @@ class WorkerLoad:
         head_s = self.by_deadline[0].work_s
         return self.backlog_s - min(now - self.progress_at, head_s)
 
-    def wait_before_s(self, deadline: float, now: float) -> tuple[float, float]:
-        """(work of prefills that go before one with this deadline, the least slack of those that go after).
+    def wait_before_s(self, deadline: float, now: float, stretch: float = 1.0) -> tuple[float, float]:
+        """(time of prefills that go before one with this deadline, the least slack of those that go after).
 
-        Prefills that are late already go after everybody who is not (see order_moore_hodgson): they count in neither.
+        `stretch`: how much longer than its work each takes, beside the decodes there. Prefills that are late already go
+        after everybody who is not (see order_moore_hodgson): they count in neither.
         """
-        if self._waited is not None and self._waited[:2] == (deadline, now):
-            return self._waited[2:]
+        if self._waited is not None and self._waited[:3] == (deadline, now, stretch):
+            return self._waited[3:]
         before_s = 0.0
         least_slack_s = float("inf")
-        finish = now - (min(now - self.progress_at, self.by_deadline[0].work_s) if self.by_deadline else 0.0)
+        finish = now
+        if self.by_deadline:
+            finish -= min(now - self.progress_at, self.by_deadline[0].work_s * stretch)
         for load in self.by_deadline:
-            if finish + load.work_s > load.deadline:
+            after = finish + load.work_s * stretch
+            if after > load.deadline:
                 continue
-            finish += load.work_s
+            finish = after
             if load.deadline <= deadline:
                 before_s = finish - now
             else:
                 slack_s = load.deadline - finish
                 if slack_s < least_slack_s:
                     least_slack_s = slack_s
-        self._waited = (deadline, now, max(0.0, before_s), least_slack_s)
-        return self._waited[2:]
+        self._waited = (deadline, now, stretch, max(0.0, before_s), least_slack_s)
+        return self._waited[3:]
 
     # ------------------------------------------------------------------------------ bookkeeping
 

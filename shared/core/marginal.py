@@ -100,10 +100,11 @@ def _judge(
     on_time = _probability(margin_s / spread_s)
     if not has_room:
         on_time *= NO_ROOM  # it has to wait until others have ended
-    _, slack_s = load.wait_before_s(view.deadline, view.now)
+    _, slack_s = load.wait_before_s(view.deadline, view.now, estimate.stretch)
     disturbed = 0.0
-    if slack_s < estimate.work_s * 4:
-        disturbed = on_time * _probability((estimate.work_s - slack_s) / (parameters.uncertainty * estimate.work_s))
+    busy_s = estimate.work_s * estimate.stretch
+    if slack_s < busy_s * 4:
+        disturbed = on_time * _probability((busy_s - slack_s) / (parameters.uncertainty * busy_s))
     return OptionEstimate(
         placement=estimate.placement,
         worker_id=estimate.worker_id,
@@ -114,6 +115,7 @@ def _judge(
         transfer_s=estimate.transfer_s,
         prefill_s=estimate.prefill_s,
         work_s=estimate.work_s,
+        stretch=estimate.stretch,
         on_time=on_time,
         disturbed=disturbed,
     )

@@ -60,11 +60,17 @@ class OrderParameters:
 
 
 def order_prefills(
-    queue: Sequence[WaitingPrefill], now: float, parameters: OrderParameters, *, aged_turn: bool = True
+    queue: Sequence[WaitingPrefill],
+    now: float,
+    parameters: OrderParameters,
+    *,
+    aged_turn: bool = True,
+    stretch: float = 1.0,
 ) -> list[int]:
     """Indices of `queue` (in order of arrival) in the order in which they should run.
 
-    `aged_turn`: whether a task that has aged may go first (see PrefillOrder). Equal tasks keep their order.
+    `aged_turn`: whether a task that has aged may go first (see PrefillOrder). `stretch`: how much longer than `work_s`
+    tasks take now, beside what else the worker does (moore_hodgson). Equal tasks keep their order.
     """
     match parameters.order:
         case "fcfs":
@@ -74,7 +80,7 @@ def order_prefills(
         case "window":
             return order_window(queue, now, parameters.window, parameters.max_postponements)
         case "moore_hodgson":
-            order = order_moore_hodgson(queue, now)
+            order = order_moore_hodgson(queue, now, stretch)
             return lift_aged(order, queue, now, parameters.ageing) if aged_turn else order
 
 
@@ -104,7 +110,7 @@ def order_window(queue: Sequence[WaitingPrefill], now: float, window: int, max_p
     return [*best, *rest[len(candidates) :]]
 
 
-def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float) -> list[int]:
+def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float, stretch: float = 1.0) -> list[int]:
     """The order with the most tasks finished by their deadline, O(n log n): tasks are taken by deadline; whenever one
     would finish late, the longest taken so far is put off. On-time tasks run by deadline, then the others by arrival:
     who is late anyway should at least not be overtaken by who came later."""
@@ -115,7 +121,7 @@ def order_moore_hodgson(queue: Sequence[WaitingPrefill], now: float) -> list[int
     late: set[int] = set()
     push, push_and_pop = heapq.heappush, heapq.heappushpop
     for index in by_deadline:
-        work_s = queue[index].work_s
+        work_s = queue[index].work_s * stretch
         finish += work_s
         if finish > deadlines[index]:
             negative_s, dropped = push_and_pop(longest, (-work_s, index))
@@ -170,7 +176,7 @@ class PrefillOrder:
     def by_deadline(self) -> bool:
         return self.parameters.order == "moore_hodgson"
 
-    def order(self, queue: Sequence[WaitingPrefill], now: float) -> list[int]:
+    def order(self, queue: Sequence[WaitingPrefill], now: float, stretch: float = 1.0) -> list[int]:
         if not self.by_deadline:
             return order_prefills(queue, now, self.parameters)
         index = find_oldest_aged(queue, now, self.parameters.ageing)
@@ -179,7 +185,7 @@ class PrefillOrder:
             self._oldest_aged = oldest
             self._forget_room()
         aged_turn = self._num_turns >= self.parameters.aged_every - 1
-        return order_prefills(queue, now, self.parameters, aged_turn=aged_turn)
+        return order_prefills(queue, now, self.parameters, aged_turn=aged_turn, stretch=stretch)
 
     def is_oldest_aged(self, task: WaitingPrefill) -> bool:
         """Of the queue last ordered. It keeps the KV room it has, and takes none from who would be on time."""

@@ -83,6 +83,7 @@ class OptionEstimate(msgspec.Struct, frozen=True, kw_only=True):
     transfer_s: float  # not hidden behind the queue
     prefill_s: float
     work_s: float  # what it costs the worker
+    stretch: float = 1.0  # how much longer that takes beside its decodes
     on_time: float = 1.0  # probability that the round's TTFT is met
     disturbed: float = 0.0  # expected number of other rounds that it makes miss theirs
 
@@ -142,6 +143,7 @@ def _estimate_at(
         transfer_s=max(0.0, fetch_s - wait_s),
         prefill_s=prefill_s,
         work_s=load.work_s(history, view.num_new_tokens),
+        stretch=inflation,
     )
 
 
@@ -170,6 +172,7 @@ def estimate_remote(view: RoutingView, load: WorkerLoad, parameters: RoutingPara
         transfer_s=max(0.0, pull_s - wait_s) + max(load.costs.latency_s, back_s - prefill_s),
         prefill_s=prefill_s,
         work_s=load.work_s(history, num_new),
+        stretch=inflation,
     )
 
 
@@ -216,7 +219,7 @@ def _wait_s(
 ) -> float:
     """Served by deadline, only who is due earlier goes first; but a round that is late anyway waits for all."""
     if parameters.by_deadline:
-        before_s = load.wait_before_s(view.deadline, view.now)[0] * inflation
+        before_s = load.wait_before_s(view.deadline, view.now, inflation)[0]
         if view.now + before_s + prefill_s <= view.deadline:
             return before_s
     return load.wait_s(view.now) * inflation

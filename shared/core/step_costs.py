@@ -9,7 +9,7 @@ from math import ceil
 from shared.core.profile import Curve, DegreeProfile, Grid, Links, Profile
 
 CHUNK_STEP = 8  # tokens: a largest chunk is found to within this
-FULL_STEP_TOKENS = 2_048  # a step of so many has the best rate
+FULL_STEP_TOKENS = 2_048  # of a step at the best rate
 PREFILL_STEP_TOKENS = 8_192  # T_pre of more tokens is the sum of steps of this size
 
 
@@ -135,6 +135,11 @@ class StepCosts:
         attended_s = self.attend(num_history, num_new)
         self._attended = (num_history, num_new, attended_s)
         return attended_s
+
+    def work_s(self, num_history: int, num_new: int) -> float:
+        """Time that a prefill takes of a worker whose steps are full: its tokens at the best rate, its attention."""
+        attended_s = self.attend_s(num_history, num_new) - self.attend_floor_s
+        return self.scale * (num_new * self.token_s + max(0.0, attended_s))
 
     def decode_step_s(self, batch: int, mean_context: float) -> float:
         """T_dec: one token for each of `batch` sequences."""
