@@ -96,6 +96,8 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     live = parser.add_argument_group("live: a cluster for every run, as `ampd run` starts it")
     live.add_argument("--engine", choices=("torch", "emulated"), default="torch", help="(default: %(default)s)")
     live.add_argument("--model", metavar="M", help="as for `ampd run`")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    live.add_argument("--dtype", choices=dtypes, help="as for `ampd run`")
     live.add_argument("--threads", type=count, metavar="N", help="per worker, as for `ampd run`")
     live.add_argument("--kv-memory-mb", type=count, metavar="MB", help="per worker, as for `ampd run`")
     scale_help = (
@@ -209,9 +211,10 @@ def make_runner(
         flag = "--simulate" if args.simulate else "--engine emulated"
         raise AmpdError(ErrorCode.INVALID_REQUEST, f"{flag} needs --profile: the name of one, or a profile's file")
     if args.simulate:
-        if args.engine != "torch" or args.time_scale != 1.0 or args.model is not None:
+        if args.engine != "torch" or args.time_scale != 1.0 or args.model is not None or args.dtype is not None:
             raise AmpdError(
-                ErrorCode.INVALID_REQUEST, "--engine, --model and --time-scale are of live clusters, not of --simulate"
+                ErrorCode.INVALID_REQUEST,
+                "--engine, --model, --dtype and --time-scale are of live clusters, not of --simulate",
             )
         return SimulatedRunner(
             profile=args.profile, slo=config.slo, warm_up=args.warm_up, trace=trace, step_model=args.step_model
@@ -222,6 +225,7 @@ def make_runner(
         "--engine": args.engine,
         "--profile": args.profile,
         "--model": args.model,
+        "--dtype": args.dtype,
         "--threads": args.threads,
         "--kv-memory-mb": args.kv_memory_mb,
     }

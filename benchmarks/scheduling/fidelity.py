@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--profile", required=True)
     parser.add_argument("--time-scale", default="10", help="emulated: wall seconds per second of the profile")
     parser.add_argument("--model", default="smollm2", help="torch (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="torch: as the profile was measured (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
     args, common = parser.parse_known_args()
     compare = [sys.executable, "-m", "loadgen", "compare", args.trace, *common]
@@ -38,7 +39,7 @@ def main() -> int:
     if args.engine == "emulated":
         live += ["--profile", args.profile, "--time-scale", args.time_scale]
     else:
-        live += ["--model", args.model]
+        live += ["--model", args.model, "--dtype", args.dtype]
     simulated = [*compare, "--simulate", "--profile", args.profile, "--out", str(args.out / "simulated")]
     for command in (simulated, live):
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)

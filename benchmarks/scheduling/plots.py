@@ -13,6 +13,7 @@ COLORS = {
     "adaptive": "#d62728",
     "colocated": "#1f77b4",
     "colocated-untuned": "#9ecae1",
+    "colocated-host": "#08306b",
     "continuum": "#17becf",
     "remote": "#2ca02c",
     "local": "#98df8a",
