@@ -6,7 +6,7 @@ The simulator writes the same, so that report.py makes the same report of both.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +39,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     session_index: int
-    session_id: str
+    session_id: str  # in the trace
     round: int
     planned_input_tokens: int
     planned_output_tokens: int
@@ -57,6 +57,7 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     num_recoveries: int = 0
     error: RoundError | None = None
     text: str | None = None  # the answer, for rounds with real content
+    session: str | None = None  # its name on the cluster, where there is one; simulated rounds have none
 
     @property
     def ttft_s(self) -> float | None:
@@ -114,7 +115,9 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     simulation: dict[str, Any] | None = None
 
 
-def record_unsent(session: PlannedSession, index: int, planned: PlannedRound, code: str, message: str) -> RoundRecord:
+def record_unsent(
+    session: PlannedSession, index: int, planned: PlannedRound, code: str, message: str, name: str
+) -> RoundRecord:
     return RoundRecord(
         session_index=session.index,
         session_id=session.session_id,
@@ -124,11 +127,16 @@ def record_unsent(session: PlannedSession, index: int, planned: PlannedRound, co
         delay_s=planned.delay_s,
         state="not_sent",
         error=RoundError(code, message),
+        session=name,
     )
 
 
 def find_missing(
-    sessions: Iterable[PlannedSession], records: Iterable[RoundRecord], *, interrupted: bool
+    sessions: Iterable[PlannedSession],
+    records: Iterable[RoundRecord],
+    name_session: Callable[[int], str],
+    *,
+    interrupted: bool,
 ) -> Iterator[RoundRecord]:
     """A record for every round that has none: offered, not sent, and counted against attainment."""
     seen = {(record.session_index, record.round) for record in records}
@@ -138,7 +146,7 @@ def find_missing(
     for session in sessions:
         for index, planned in enumerate(session.rounds):
             if (session.index, index) not in seen:
-                yield record_unsent(session, index, planned, code, message)
+                yield record_unsent(session, index, planned, code, message, name_session(session.index))
 
 
 def encode_record(record: RoundRecord) -> bytes:

@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +29,11 @@ class ReplayOptions:
     slo: Slo
     max_in_flight: int = 1024
     deadline_s: float = 600.0
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # two replays' sessions have different names
+
+    def name_session(self, index: int) -> str:
+        """As the cluster knows the plan's session `index`."""
+        return f"loadgen-{self.run_id}-{index}"
 
 
 @dataclass(slots=True)
@@ -49,14 +54,13 @@ async def replay(
     """Replay every session of `plan`. Each round sent is reported once, as it ends; a session stops at its first
     failed round. When cancelled, the open sessions are closed and rounds in flight stay unreported."""
     count = in_flight or SessionsInFlight()
-    run_id = uuid.uuid4().hex[:8]
     places = asyncio.Semaphore(options.max_in_flight)
     start_s = time.monotonic()
 
     async def run(session: PlannedSession) -> None:
         try:
             player = SessionPlayer(client, session, options, start_s, on_record)
-            await player.play(name=f"loadgen-{run_id}-{session.index}")
+            await player.play()
         finally:
             count.ended += 1
             places.release()
@@ -86,16 +90,17 @@ class SessionPlayer:
     ) -> None:
         self._client = client
         self._session = session
+        self._name = options.name_session(session.index)
         self._options = options
         self._start_s = start_s
         self._on_record = on_record
 
-    async def play(self, name: str) -> None:
+    async def play(self) -> None:
         due_s = self._start_s + self._session.arrival_s
         longest_delay_s = max(one.delay_s for one in self._session.rounds)
         try:
             session = await self._client.open_session(
-                name, slo=self._options.slo, idle_timeout_s=max(MIN_IDLE_TIMEOUT_S, 2 * longest_delay_s)
+                self._name, slo=self._options.slo, idle_timeout_s=max(MIN_IDLE_TIMEOUT_S, 2 * longest_delay_s)
             )
         except AmpdError as error:
             self._record_failure(0, due_s, sent_s=None, stream=None, error=error)
@@ -155,6 +160,7 @@ class SessionPlayer:
                 usage=result.usage,
                 num_recoveries=result.num_recoveries,
                 text=result.text if planned.has_content else None,
+                session=self._name,
             )
         )
         return result.finished_s
@@ -181,6 +187,7 @@ class SessionPlayer:
                 token_times_s=times,
                 num_recoveries=stream.num_recoveries if stream else 0,
                 error=RoundError(error.code.value, error.message),
+                session=self._name,
             )
         )
 

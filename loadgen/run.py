@@ -53,8 +53,8 @@ class ReplayConfig:
     def slo(self) -> Slo:
         return Slo(ttft_s=self.ttft_slo, itl_s=self.itl_slo)
 
-    @property
-    def options(self) -> ReplayOptions:
+    def make_options(self) -> ReplayOptions:
+        """Of one replay: its sessions have names of their own."""
         return ReplayOptions(seed=self.seed, slo=self.slo, max_in_flight=self.max_in_flight, deadline_s=self.deadline)
 
 
@@ -78,6 +78,7 @@ async def replay_trace(client: AmpdClient, config: ReplayConfig, plan: Plan, out
     Ctrl-C or SIGTERM stops the replay: what is left counts as failed, and the report is written all the same.
     Raises AmpdError when it cannot start.
     """
+    options = config.make_options()
     opened = await _probe(client)
     _check_context(plan, opened)
     run = await _describe_run(client, config, plan, opened)
@@ -97,8 +98,8 @@ async def replay_trace(client: AmpdClient, config: ReplayConfig, plan: Plan, out
             progress.count(record)
 
         async with progress.show():
-            stopped = await _run_until_stopped(client, plan, config.options, on_record, progress)
-            for record in find_missing(plan.sessions, records, interrupted=stopped):
+            stopped = await _run_until_stopped(client, plan, options, on_record, progress)
+            for record in find_missing(plan.sessions, records, options.name_session, interrupted=stopped):
                 on_record(record)
     return render(run, records, out, console)
 

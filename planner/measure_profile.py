@@ -48,7 +48,7 @@ class ProfileOptions:
     threads: int = 1
     kv_memory_mb: int = 1024
     host_kv_mb: int = 0
-    max_context: int = 8192
+    max_context: int
     quick: bool = False
     repeats: int = 5
     time_limit_s: float = 600.0
@@ -229,12 +229,19 @@ def _view_block(runner: ModelRunner, block: int) -> Any:
     return np.frombuffer(view, np.uint8)
 
 
+def read_longest_context(model_dir: Path) -> int:
+    """Tokens that the model was made for."""
+    from shared.engine.model_runner import read_model_config
+
+    return int(read_model_config(model_dir).max_position_embeddings)
+
+
 def _load_runner(options: ProfileOptions) -> ModelRunner:
     # torch takes seconds to import, and lives in shared.engine alone
     from shared.engine.kv_memory import blocks_in_memory
-    from shared.engine.model_runner import ModelRunner, read_model_config
+    from shared.engine.model_runner import ModelRunner
 
-    longest = int(read_model_config(options.model_dir).max_position_embeddings)
+    longest = read_longest_context(options.model_dir)
     if options.max_context > longest:
         raise AmpdError(
             ErrorCode.INVALID_REQUEST,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """example:
   ampd profile --model smollm2 --dtype float32 --threads 1 --out cpu-smollm2.json"""
+LONGEST_BY_DEFAULT = 8192  # tokens
 FULL_REPEATS, QUICK_REPEATS = 5, 3
 FULL_TIME_LIMIT_S, QUICK_TIME_LIMIT_S = 600.0, 60.0
 
@@ -57,7 +58,8 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="host memory for KV, a second tier (default: 0)",
     )
-    add("--max-context", type=_positive, default=8192, metavar="TOKENS", help="(default: %(default)s)")
+    context_help = f"(default: {LONGEST_BY_DEFAULT}, or what the model was made for if that is less)"
+    add("--max-context", type=_positive, metavar="TOKENS", help=context_help)
     add("--quick", action="store_true", help="fewer points and repeats: seconds, less exact")
     add("--time-limit", type=_positive, metavar="S", help="for the steps; the first repeat is always completed")
     add("--seed", type=_not_negative, default=0, help="of the order and the held-out points (default: 0)")
@@ -69,27 +71,28 @@ def command_profile(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from planner.fit_summary import summarise_fit
-    from planner.measure_profile import ProfileOptions, measure_profile
+    from planner.measure_profile import ProfileOptions, measure_profile, read_longest_context
     from shared.engine.model_files import resolve_model
 
     console = Console(stderr=True)
     _check_target(arguments.out)
+    model_dir = resolve_model(arguments.model, progress=console.print)
     options = ProfileOptions(
         name=arguments.name or f"cpu-{Path(arguments.model).name}",
         model=Path(arguments.model).name,
-        model_dir=resolve_model(arguments.model, progress=console.print),
+        model_dir=model_dir,
         dtype=arguments.dtype,
         threads=arguments.threads,
         kv_memory_mb=arguments.kv_memory_mb,
         host_kv_mb=arguments.host_kv_mb,
-        max_context=arguments.max_context,
+        max_context=arguments.max_context or min(LONGEST_BY_DEFAULT, read_longest_context(model_dir)),
         quick=arguments.quick,
         repeats=QUICK_REPEATS if arguments.quick else FULL_REPEATS,
         time_limit_s=arguments.time_limit or (QUICK_TIME_LIMIT_S if arguments.quick else FULL_TIME_LIMIT_S),
         seed=arguments.seed,
     )
     with _show_progress(console) as progress:
-        profile = measure_profile(options, describe_origin(arguments), progress)
+        profile = measure_profile(options, describe_origin(arguments, options.max_context), progress)
     write_profile(profile, arguments.out)
     summary = summarise_fit(profile)
     if arguments.json:
@@ -134,11 +137,11 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
 
 
-def describe_origin(arguments: argparse.Namespace) -> dict[str, Any]:
+def describe_origin(arguments: argparse.Namespace, max_context: int) -> dict[str, Any]:
     """Provenance: the command without folders, the machine, versions."""
     flags = ["--model", Path(arguments.model).name, "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
     flags += ["--kv-memory-mb", str(arguments.kv_memory_mb), "--host-kv-mb", str(arguments.host_kv_mb)]
-    flags += ["--max-context", str(arguments.max_context), "--seed", str(arguments.seed)]
+    flags += ["--max-context", str(max_context), "--seed", str(arguments.seed)]
     flags += ["--quick"] if arguments.quick else []
     return {
         "command": shlex.join(["ampd", "profile", *flags, "--out", arguments.out.name]),

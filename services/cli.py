@@ -202,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     status = _add_command(commands, "status", command_status, "show workers, queues and sessions", STATUS_EXAMPLE)
     _add_url_flag(status)
-    status.add_argument("--json", action="store_true", help="for programs: the answer as it is")
+    status.add_argument("--json", action="store_true", help="for programs: the same and more as JSON")
     status.add_argument("--stats", action="store_true", help="add what the planner has collected")
 
     explain = _add_command(
@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_url_flag(explain)
     explain.add_argument("session", help="the session's id: open, or closed a short while ago")
     explain.add_argument("--tenant", default="default", help="(default: %(default)s)")
-    explain.add_argument("--json", action="store_true", help="for programs: the answer as it is")
+    explain.add_argument("--json", action="store_true", help="for programs: the same as JSON")
 
     chat = _add_command(commands, "chat", command_chat, "talk to the model, one session, many rounds", CHAT_EXAMPLE)
     _add_url_flag(chat)

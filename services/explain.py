@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -19,10 +21,19 @@ async def show_explanation(url: str, *, tenant: str, session: str, as_json: bool
     async with await connect_to_cluster(url, name="ampd-explain", tenant=tenant) as client:
         explained = await client.explain(session, timeout_s=ANSWER_TIMEOUT_S)
     if as_json:
-        console.file.write(msgspec.json.format(msgspec.json.encode(explained), indent=2).decode() + "\n")
+        answer = explanation_for_programs(explained)
+        console.file.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
     else:
         console.print(Group(*describe_explanation(explained)))
     return 0
+
+
+def explanation_for_programs(explained: SessionExplained) -> dict[str, Any]:
+    """The coordinator's answer; each round also says whether it `moves_session`."""
+    answer: dict[str, Any] = msgspec.to_builtins(explained)
+    for line, one in zip(answer["rounds"], explained.rounds, strict=True):
+        line["moves_session"] = one.moves_session
+    return answer
 
 
 def describe_explanation(explained: SessionExplained) -> list[RenderableType]:
@@ -38,6 +49,9 @@ def describe_explanation(explained: SessionExplained) -> list[RenderableType]:
 def _describe_round(one: RoundExplained) -> list[RenderableType]:
     attempt = f", attempt {one.attempt}" if one.attempt > 1 else ""
     head = Text(f"\nround {one.round}{attempt}: {one.placement} on {one.worker_id}", style="bold")
+    if one.moves_session:
+        source = f" from {one.usage.moved_from}" if one.usage is not None and one.usage.moved_from else ""
+        head.append(f", moves the session to {one.worker_id}{source}")
     head.append(f", {one.reason}", style="not bold")
     parts: list[RenderableType] = [head]
     if one.options:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -9,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.connect import connect_to_cluster
-from shared.messages import ClusterStatus, PlannerStats, SessionStatus, WindowStats, WorkerStatus
+from shared.messages import ClusterStatus, Heartbeat, PlannerStats, SessionStatus, WindowStats, WorkerStatus
 
 ANSWER_TIMEOUT_S = 5.0
 MAX_SESSION_ROWS = 40
@@ -21,11 +23,19 @@ async def show_status(url: str, *, as_json: bool, with_stats: bool, console: Con
         status = await client.status(timeout_s=ANSWER_TIMEOUT_S)
         stats = await client.planner_stats(timeout_s=ANSWER_TIMEOUT_S) if with_stats else None
     if as_json:
-        answer = {"status": status, **({"stats": stats} if stats is not None else {})}
+        answer = {"status": status_for_programs(status), **({"stats": stats} if stats is not None else {})}
         console.file.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
     else:
         console.print(Group(*describe_status(status), *([describe_stats(stats)] if stats is not None else [])))
     return 0
+
+
+def status_for_programs(status: ClusterStatus) -> dict[str, Any]:
+    """The coordinator's answer; each worker also has `kv_blocks`: its blocks in use, evictable and free."""
+    answer: dict[str, Any] = msgspec.to_builtins(status)
+    for line, worker in zip(answer["workers"], status.workers, strict=True):
+        line["kv_blocks"] = dict(zip(("used", "evictable", "free"), _count_blocks(worker.heartbeat), strict=True))
+    return answer
 
 
 def describe_status(status: ClusterStatus) -> list[RenderableType]:
@@ -46,9 +56,10 @@ def describe_status(status: ClusterStatus) -> list[RenderableType]:
 
 def _worker_table(workers: tuple[WorkerStatus, ...]) -> Table:
     table = _new_table(
-        "workers (TTFT and ITL: 95th percentile of the last seconds)", left=(("worker", 10), ("role", 7), ("state", 5))
+        "workers (KV: used/evictable/free; TTFT and ITL: 95th percentile of the last seconds)",
+        left=(("worker", 10), ("role", 7), ("state", 5)),
     )
-    for column in ("KV\nfree", "sess.", "run.", "queue/\ntokens", "TTFT\nms", "ITL\nms"):
+    for column in ("KV\n%", "sess.", "run.", "queue/\ntokens", "TTFT\nms", "ITL\nms"):
         table.add_column(column, justify="right", no_wrap=True)
     for worker in sorted(workers, key=lambda worker: worker.heartbeat.worker_id):
         beat = worker.heartbeat
@@ -57,7 +68,7 @@ def _worker_table(workers: tuple[WorkerStatus, ...]) -> Table:
             beat.worker_id,
             beat.role,
             state if worker.alive else f"lost {worker.last_seen_s:.0f} s",
-            f"{beat.num_free_blocks / max(beat.num_blocks, 1):.0%}",
+            "/".join(f"{100 * num_blocks / max(beat.num_blocks, 1):.0f}" for num_blocks in _count_blocks(beat)),
             str(beat.num_sessions),
             str(beat.num_running),
             f"{beat.num_waiting}/{beat.queue_num_tokens}",
@@ -66,6 +77,12 @@ def _worker_table(workers: tuple[WorkerStatus, ...]) -> Table:
             style=None if worker.alive else "red",
         )
     return table
+
+
+def _count_blocks(beat: Heartbeat) -> tuple[int, int, int]:
+    """(in use, evictable, free)."""
+    in_use = beat.num_blocks - beat.num_evictable_blocks - beat.num_free_blocks
+    return in_use, beat.num_evictable_blocks, beat.num_free_blocks
 
 
 def _session_table(sessions: tuple[SessionStatus, ...], num_sessions: int) -> Table:
@@ -89,7 +106,7 @@ def _session_table(sessions: tuple[SessionStatus, ...], num_sessions: int) -> Ta
 
 def _new_table(title: str, left: tuple[tuple[str, int], ...]) -> Table:
     """`left`: columns of names with their least width. A narrow terminal folds long names, and loses nothing."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     for column, min_width in left:
         table.add_column(column, overflow="fold", min_width=min_width)
     return table

@@ -669,6 +669,15 @@ class RoundExplained(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: float | None = None
     usage: Usage | None = None
 
+    @property
+    def moves_session(self) -> bool:
+        """The session moves, with its KV, to the worker that the prefill runs on: no other local prefill moves KV."""
+        if self.usage is not None and self.usage.moved_from:
+            return True
+        if self.placement == "remote" or self.chosen_index < 0:
+            return False
+        return self.options[self.chosen_index].num_moved_tokens > 0
+
 
 class SessionExplained(Message, frozen=True, kw_only=True, tag="session_explained"):
     session: str

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loadgen.argument_types import context, count, count_or_zero, non_negative, positive, seed
 from shared.errors import AmpdError, ErrorCode
+from shared.policy_flags import add_policy_flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,10 +51,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     for role, what in (("prefill", "prefill workers"), ("decode", "decode workers"), ("both", "workers for both")):
         add(f"--{role}", type=count_or_zero, default=0, metavar="N", help=f"{what} (default: %(default)s)")
         add(f"--{role}-tp", type=count, default=1, metavar="T", help="devices of each (default: %(default)s)")
-    add("--policy", default="ampd", metavar="P", help="as for `ampd up` (default: %(default)s)")
-    add("--disable", action="append", default=[], metavar="PART", help="switch off a part of the policy, repeatable")
-    option_help = "a parameter of the policy, repeatable: routing.alpha=0.5, routing.chunk.chunk_tokens=1024"
-    add("--policy-option", action="append", default=[], metavar="PATH=VALUE", help=option_help)
+    add_policy_flags(parser)
 
 
 def _add_workload_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from heartbeats import make_heartbeat
+
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
 from shared.messages import (
@@ -35,7 +37,6 @@ from shared.messages import (
     StageKv,
     StopConditions,
     Usage,
-    WindowStats,
     pack_token_ids,
     unpack_token_ids,
 )
@@ -138,28 +139,19 @@ class SimWorker:
     def heartbeat(self) -> Heartbeat:
         self.heartbeat_seq += 1
         gone, self.gone = tuple(self.gone), []
-        return Heartbeat(
-            worker_id=self.worker_id,
+        return make_heartbeat(
+            self.worker_id,
             incarnation=self.incarnation,
             role=self.role,
             seq=self.heartbeat_seq,
             model="sim",
             max_context_tokens=MAX_CONTEXT,
             vocab_size=VOCAB_SIZE,
-            layout_hash="layout",
-            kv_endpoints=(),
             num_blocks=1024,
             num_free_blocks=1024 - sum(s.num_kv for s in self.sessions.values()) // 16,
-            block_size=16,
-            kv_bytes_per_token=64,
             num_sessions=len(self.sessions),
-            num_running=0,
             num_waiting=len(self.tasks),
-            num_leases=0,
-            queue=(),
             queue_num_tokens=sum(len(t.token_ids) // 4 for t in self.tasks.values()),
-            ttft=WindowStats(),
-            itl=WindowStats(),
             prefill_tokens_per_s=1000.0,
             decode_step_s=TOKEN_S,
             kv_bytes_per_s=1e9,

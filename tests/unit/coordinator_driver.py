@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import msgspec
+from heartbeats import make_heartbeat
 
 from shared.core.commands import (
     AppendRecord,
@@ -30,7 +31,6 @@ from shared.errors import ErrorCode
 from shared.messages import (
     ClientRequest,
     ErrorReply,
-    Heartbeat,
     KvSource,
     OpenSession,
     PrefillEnded,
@@ -45,41 +45,12 @@ from shared.messages import (
     SubmitRound,
     TokensInput,
     Usage,
-    WindowStats,
     encode,
     pack_token_ids,
 )
 
 KEY = SessionKey("t", "s")
 C = TypeVar("C", bound=Command)
-
-HEARTBEAT = Heartbeat(
-    worker_id="d",
-    incarnation=1,
-    role="decode",
-    seq=0,
-    model="m",
-    max_context_tokens=1000,
-    vocab_size=100,
-    layout_hash="l",
-    kv_endpoints=(),
-    num_blocks=100,
-    num_free_blocks=100,
-    block_size=16,
-    kv_bytes_per_token=64,
-    num_sessions=0,
-    num_running=0,
-    num_waiting=0,
-    num_leases=0,
-    queue=(),
-    queue_num_tokens=0,
-    ttft=WindowStats(),
-    itl=WindowStats(),
-    prefill_tokens_per_s=0.0,
-    decode_step_s=0.0,
-    kv_bytes_per_s=0.0,
-    draining=False,
-)
 
 USAGE = Usage(
     num_history_tokens=0,
@@ -130,7 +101,7 @@ class Driver:
 
     def beat(self, worker_id: str = "d", **fields: Any) -> None:
         fields.setdefault("role", "prefill" if worker_id.startswith("p") else "decode")
-        self.feed(HeartbeatSeen(heartbeat=msgspec.structs.replace(HEARTBEAT, worker_id=worker_id, **fields)))
+        self.feed(HeartbeatSeen(heartbeat=make_heartbeat(worker_id, **fields)))
 
     def ask(self, request: ClientRequest, key: SessionKey = KEY, digest: bytes = b"x") -> int:
         self.num_ids += 1

@@ -22,6 +22,7 @@ from shared.messages import (
     CancelRun,
     CloseSession,
     DropSession,
+    ExplainSession,
     GrantHistory,
     HistoryGranted,
     KvHeld,
@@ -92,6 +93,8 @@ def test_the_kv_is_asked_for_before_the_round_runs_and_dropped_after_its_first_t
     driver.stream(tokens_message(0, 9, round=1))
     (drop,) = driver.sent(DropSession)
     assert drop.worker_id == "d1"
+    explained = driver.core.explain_session(ExplainSession(tenant=KEY.tenant, session=KEY.session))
+    assert [(one.worker_id, one.moves_session) for one in explained.rounds] == [("d1", False), ("d2", True)]
     driver.end([9, 9])
     assert not driver.sent(DropSession)
     assert (bound_to(driver), counter(driver, "moves"), session_of(driver).held) == ("d2", 1, HeldKv(15))

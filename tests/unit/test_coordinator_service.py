@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from heartbeats import make_heartbeat
 
 from services.coordinator.app import build_parser
 from services.coordinator.config_flags import read_config
@@ -38,7 +39,6 @@ from shared.messages import (
     ExplainSession,
     GetStatus,
     GrantHistory,
-    Heartbeat,
     HistoryGranted,
     KvSource,
     KvStaged,
@@ -60,7 +60,6 @@ from shared.messages import (
     TextInput,
     TokensInput,
     Usage,
-    WindowStats,
     decode,
     encode,
     pack_token_ids,
@@ -90,32 +89,15 @@ class ScriptedWorker:
         await self.beat()
 
     async def beat(self) -> None:
-        heartbeat = Heartbeat(
-            worker_id=self.worker_id,
+        heartbeat = make_heartbeat(
+            self.worker_id,
             incarnation=7,
             role=self.role,
-            seq=0,
             model="scripted",
             max_context_tokens=100_000,
             vocab_size=1000,
-            layout_hash="l",
-            kv_endpoints=(),
             num_blocks=10_000,
             num_free_blocks=10_000,
-            block_size=16,
-            kv_bytes_per_token=64,
-            num_sessions=0,
-            num_running=0,
-            num_waiting=0,
-            num_leases=0,
-            queue=(),
-            queue_num_tokens=0,
-            ttft=WindowStats(),
-            itl=WindowStats(),
-            prefill_tokens_per_s=0.0,
-            decode_step_s=0.0,
-            kv_bytes_per_s=0.0,
-            draining=False,
         )
         await self.bus.publish(subjects.heartbeat(self.worker_id), encode(heartbeat))
 

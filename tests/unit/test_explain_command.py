@@ -7,13 +7,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from coordinator_driver import USAGE
 from rich.console import Console, Group
 
 import services.explain
 from services.cli import build_parser
-from services.explain import describe_explanation, show_explanation
+from services.explain import describe_explanation, explanation_for_programs, show_explanation
 from shared import subjects
 from shared.bus import BusMessage
 from shared.client import AmpdClient
@@ -33,7 +34,8 @@ from shared.messages import (
 
 
 def option(worker_id: str, placement: Any, **fields: float) -> OptionExplained:
-    defaults = {
+    defaults: dict[str, Any] = {
+        "num_moved_tokens": 456 if placement == "remote" else 0,
         "windowed_s": 0.0,
         "queue_s": 0.1,
         "transfer_s": 0.02,
@@ -41,14 +43,11 @@ def option(worker_id: str, placement: Any, **fields: float) -> OptionExplained:
         "on_time": 0.8,
         "disturbed": 0.1,
     }
-    return OptionExplained(
-        worker_id=worker_id, placement=placement, num_new_tokens=123, num_moved_tokens=456, **{**defaults, **fields}
-    )
+    return OptionExplained(worker_id=worker_id, placement=placement, num_new_tokens=123, **{**defaults, **fields})
 
 
-def usage() -> Usage:
-    kept = {name: getattr(USAGE, name) for name in USAGE.__struct_fields__}
-    return Usage(**{**kept, "queued_s": 0.111, "transfer_s": 0.022, "prefill_s": 0.333})
+def usage(**fields: Any) -> Usage:
+    return msgspec.structs.replace(USAGE, queued_s=0.111, transfer_s=0.022, prefill_s=0.333, **fields)
 
 
 EXPLAINED = SessionExplained(
@@ -94,13 +93,45 @@ def test_every_round_shows_its_options_and_predicted_against_measured() -> None:
     assert "policy adaptive" in lines[0]
     assert "round 0: remote on p, +0.70 rounds on time" in shown
     local = next(line for line in lines if "local d" in line)
-    assert local.split()[-8:] == ["123", "456", "9000.0", "20.0", "300.0", "9320.0", "1%", "0.10"]
+    assert local.split()[-8:] == ["123", "0", "9000.0", "20.0", "300.0", "9320.0", "1%", "0.10"]
     assert next(line for line in lines if "remote p" in line).strip().startswith("*"), "the chosen one is marked"
     by_name = {
         name: line.split()[-3:] for line in lines for name in ("queue", "first token") if line.strip().startswith(name)
     }
     assert by_name == {"queue": ["100.0", "111.0", "-"], "first token": ["420.0", "500.0", "400.0"]}
     assert "round 1, attempt 2: local on d, not known" in shown
+
+
+def local_round(chosen: OptionExplained, measured: Usage | None) -> SessionExplained:
+    options = (option("d", "local"), chosen)
+    round_ = msgspec.structs.replace(
+        EXPLAINED.rounds[0],
+        placement="local",
+        worker_id=chosen.worker_id,
+        options=options,
+        chosen_index=1,
+        usage=measured,
+    )
+    return msgspec.structs.replace(EXPLAINED, rounds=(round_,))
+
+
+@pytest.mark.parametrize(
+    ("explained", "shown"),
+    [
+        (local_round(option("m", "local", num_moved_tokens=20_000), None), "moves the session to m, +0.70"),
+        (
+            local_round(option("m", "local", num_moved_tokens=20_000), usage(moved_from="d", num_moved_tokens=20_000)),
+            "moves the session to m from d, +0.70",
+        ),
+        (local_round(option("m", "local"), usage(moved_from="drained")), "moves the session to m from drained, +0.70"),
+        (local_round(option("m", "local"), usage()), None),
+        (EXPLAINED, None),
+    ],
+)
+def test_a_round_says_that_its_session_moves(explained: SessionExplained, shown: str | None) -> None:
+    line = next(line for line in render(explained).splitlines() if line.startswith("round 0"))
+    assert (shown in line) if shown is not None else ("moves" not in line)
+    assert explanation_for_programs(explained)["rounds"][0]["moves_session"] == (shown is not None)
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -139,7 +170,9 @@ async def test_the_answer_is_shown_for_people_and_for_programs(hub: MemoryHub) -
         assert await show_explanation("nats://x", tenant="t", session="s", as_json=as_json, console=console) == 0
         shown = console.file.getvalue()
         if as_json:
-            assert json.loads(shown)["rounds"][0]["worker_id"] == "p"
+            answer = json.loads(shown)
+            assert answer["rounds"][0]["worker_id"] == "p"
+            assert [one["moves_session"] for one in answer["rounds"]] == [False, False]
         else:
             assert shown == render(EXPLAINED)
     with pytest.raises(AmpdError) as refused:

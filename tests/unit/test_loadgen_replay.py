@@ -219,6 +219,10 @@ async def test_replay_writes_everything(client: AmpdClient, cluster: FakeCluster
         assert ended_s is not None
         assert due_s == pytest.approx(ended_s + 0.01, abs=1e-5)
 
+    assert {one.session for one in records} == {name for name in cluster.opened if "probe" not in name}
+    assert all(one.session is not None and cluster.number(one.session) == one.session_index for one in records)
+    assert json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["session"] == records[0].session
+
     assert not cluster.open_now
     submitted = [one for name, rounds in cluster.rounds.items() if "probe" not in name for one in rounds]
     assert all(one.stop.ignore_eos for one in submitted)
@@ -245,7 +249,10 @@ async def test_a_failed_round_stops_its_session_and_counts(
     assert report["slo"]["attainment"] == pytest.approx(10 / 12, abs=1e-6)
     assert report["slo"]["session_attainment"] == 0.75
     assert report["errors"] == {"no_capacity": 1, "not_sent": 1}
-    assert len(read_records(tmp_path / "rounds.jsonl")) == 12
+    records = read_records(tmp_path / "rounds.jsonl")
+    assert len(records) == 12
+    assert len({one.session for one in records if one.session_index == 1}) == 1, "whether sent, failed or not sent"
+    assert {one.session for one in records} <= set(cluster.opened)
     assert not cluster.open_now
 
 

@@ -174,7 +174,7 @@ def test_missing_rounds_are_found() -> None:
     rounds = (TraceRound(input_tokens=1, output_tokens=1),) * 3
     plan = make_plan([TraceSession(session_id="s0", arrival_s=0.0, rounds=rounds)])
     done = [record(0, 0, 1.0, 0.5), record(0, 1, 2.0, 0.5, state="failed")]
-    (missing,) = find_missing(plan.sessions, done, interrupted=False)
-    assert (missing.round, missing.state) == (2, "not_sent")
+    (missing,) = find_missing(plan.sessions, done, "run-{}".format, interrupted=False)
+    assert (missing.round, missing.state, missing.session) == (2, "not_sent", "run-0")
     assert missing.error is not None
     assert missing.error.code == "not_sent"

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from planner import profile_command
+from planner import measure_profile, profile_command
 from planner.fit_profile import StepShape
 from planner.fit_summary import summarise_fit
-from planner.measure_profile import LONG_STEP_TOKENS, SHORT_STEP_RUNS, measure_steps
-from shared.core.profile import decode_profile
+from planner.measure_profile import LONG_STEP_TOKENS, SHORT_STEP_RUNS, ProfileOptions, Progress, measure_steps
+from shared.core.profile import Profile, decode_profile
 from shared.core.step_costs import StepCosts
+from shared.engine.model_files import resolve_model
 from shared.errors import AmpdError, ErrorCode
 
 MIDDLE = [StepShape(chunks=((0, chunk),)) for chunk in (100, 200, 300, 400)]
@@ -114,6 +116,32 @@ def test_tiny_model_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert 0.0 < costs.prefill_s(0, 16) < costs.prefill_s(0, 512) < costs.prefill_s(512, 512)
     assert 0.0 < costs.decode_step_s(1, 16) < costs.decode_step_s(16, 512)
     assert list(tmp_path.iterdir()) == [out]
+
+
+class Asked(Exception):
+    """Raised where the measurement would begin."""
+
+
+@pytest.mark.parametrize(
+    ("model_limit", "flags", "expected"),
+    [(None, [], 4096), (32_768, [], 8192), (32_768, ["--max-context", "512"], 512)],
+)
+def test_contexts_are_as_long_as_the_model_takes_unless_told_otherwise(
+    model_limit: int | None, flags: list[str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resolve_model("tiny-random")
+    if model_limit is not None:
+        model = Path(shutil.copytree(model, tmp_path / "longer"))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": model_limit}))
+
+    def refuse(options: ProfileOptions, provenance: Mapping[str, Any], progress: Progress) -> Profile:
+        assert f"--max-context {options.max_context} " in provenance["command"], "the command makes the same again"
+        raise Asked(options.max_context)
+
+    monkeypatch.setattr(measure_profile, "measure_profile", refuse)
+    with pytest.raises(Asked, match=f"^{expected}$"):
+        run_command("--model", str(model), "--out", str(tmp_path / "out.json"), *flags)
 
 
 @pytest.mark.parametrize(

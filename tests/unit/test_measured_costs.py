@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import pytest
-from coordinator_driver import HEARTBEAT
+from heartbeats import make_heartbeat
 
 from shared.core.measured_costs import MeasuredRates, WorkerCosts, build_measured_costs
 
@@ -46,31 +45,27 @@ def test_a_step_of_both_takes_longer_than_either() -> None:
     assert 95 <= chunk <= 101
 
 
-def heartbeat(**fields: Any) -> Any:
-    return msgspec.structs.replace(HEARTBEAT, **fields)
-
-
 def test_priors_stand_in_until_something_is_measured() -> None:
-    worker = WorkerCosts.of(heartbeat(), None, 1.0)
+    worker = WorkerCosts.of(make_heartbeat(), None, 1.0)
     assert worker.costs.prefill_s(0, 2_000) == pytest.approx(1.05, rel=0.01)
     assert worker.costs.decode_step_s(1, 100) == pytest.approx(0.05)
     assert worker.costs.link_bytes_per_s == 500e6
-    assert worker.costs.kv_bytes_per_token == HEARTBEAT.kv_bytes_per_token
+    assert worker.costs.kv_bytes_per_token == make_heartbeat().kv_bytes_per_token
 
 
 @pytest.mark.parametrize("field", ["prefill_tokens_per_s", "decode_step_s", "kv_bytes_per_s"])
 @pytest.mark.parametrize("factor", [0.5, 0.85, 1.0, 1.15, 1.5])
 def test_costs_are_made_anew_when_a_rate_has_moved_by_a_fifth(field: str, factor: float) -> None:
     rates = {"prefill_tokens_per_s": 300.0, "decode_step_s": 0.03, "kv_bytes_per_s": 1e7}
-    worker = WorkerCosts.of(heartbeat(**rates), None, 1.0)
+    worker = WorkerCosts.of(make_heartbeat(**rates), None, 1.0)
     before = worker.costs
-    was_rebuilt = worker.follow(heartbeat(**{**rates, field: factor * rates[field]}))
+    was_rebuilt = worker.follow(make_heartbeat(**{**rates, field: factor * rates[field]}))
     assert was_rebuilt == (abs(factor - 1) > 0.2)
     assert (worker.costs is not before) == was_rebuilt
 
 
 def test_small_moves_add_up() -> None:
-    worker = WorkerCosts.of(heartbeat(prefill_tokens_per_s=100.0), None, 1.0)
-    rebuilt = [worker.follow(heartbeat(prefill_tokens_per_s=rate)) for rate in (110.0, 119.0, 125.0, 130.0)]
+    worker = WorkerCosts.of(make_heartbeat(prefill_tokens_per_s=100.0), None, 1.0)
+    rebuilt = [worker.follow(make_heartbeat(prefill_tokens_per_s=rate)) for rate in (110.0, 119.0, 125.0, 130.0)]
     assert rebuilt == [False, False, True, False]
     assert worker.costs.prefill_s(0, 125) == pytest.approx(1.0, rel=0.01)

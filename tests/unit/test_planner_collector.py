@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from heartbeats import make_heartbeat
 
 from planner.collector import MAX_WORKERS, NOTHING_YET, WINDOW_S, WORKER_FORGOTTEN_S, Collector
 from shared.errors import ErrorCode
-from shared.messages import Heartbeat, RoundObserved, Slo, Usage, WindowStats
+from shared.messages import RoundObserved, Slo, Usage
 
 SLO = Slo(ttft_s=1.0, itl_s=0.1)
-
-
-def beat(worker_id: str = "decode-0", *, incarnation: int = 1, seq: int = 0) -> Heartbeat:
-    return Heartbeat(
-        worker_id=worker_id,
-        incarnation=incarnation,
-        role="decode",
-        seq=seq,
-        model="m",
-        max_context_tokens=1024,
-        vocab_size=256,
-        layout_hash="h",
-        kv_endpoints=(),
-        num_blocks=8,
-        num_free_blocks=8,
-        block_size=16,
-        kv_bytes_per_token=64,
-        num_sessions=0,
-        num_running=0,
-        num_waiting=0,
-        num_leases=0,
-        queue=(),
-        queue_num_tokens=0,
-        ttft=WindowStats(),
-        itl=WindowStats(),
-        prefill_tokens_per_s=0.0,
-        decode_step_s=0.0,
-        kv_bytes_per_s=0.0,
-        draining=False,
-    )
 
 
 def observed(
@@ -134,18 +105,18 @@ def test_totals_go_on_from_those_given() -> None:
 
 def test_the_newest_heartbeat_of_each_worker_is_kept() -> None:
     collector = Collector(NOTHING_YET, 0.0)
-    collector.on_heartbeat(beat(seq=5), 1.0)
-    collector.on_heartbeat(beat(seq=4), 1.1)  # overtaken on the way
-    collector.on_heartbeat(beat("prefill-0", seq=1), 1.2)
+    collector.on_heartbeat(make_heartbeat(seq=5), 1.0)
+    collector.on_heartbeat(make_heartbeat(seq=4), 1.1)  # overtaken on the way
+    collector.on_heartbeat(make_heartbeat("prefill-0", seq=1), 1.2)
     assert {worker.worker_id: worker.seq for worker in collector.stats(2.0).workers} == {"decode-0": 5, "prefill-0": 1}
-    collector.on_heartbeat(beat(incarnation=2, seq=0), 2.0)  # a new life counts from 0
+    collector.on_heartbeat(make_heartbeat(incarnation=2, seq=0), 2.0)  # a new life counts from 0
     assert {worker.incarnation for worker in collector.stats(2.0).workers if worker.worker_id == "decode-0"} == {2}
 
 
 def test_silent_workers_are_forgotten() -> None:
     collector = Collector(NOTHING_YET, 0.0)
-    collector.on_heartbeat(beat("decode-0"), 0.0)
-    collector.on_heartbeat(beat("decode-1"), 10.0)
+    collector.on_heartbeat(make_heartbeat("decode-0"), 0.0)
+    collector.on_heartbeat(make_heartbeat("decode-1"), 10.0)
     stats = collector.stats(WORKER_FORGOTTEN_S + 5.0)
     assert [worker.worker_id for worker in stats.workers] == ["decode-1"]
 
@@ -153,5 +124,5 @@ def test_silent_workers_are_forgotten() -> None:
 def test_a_flood_of_worker_ids_is_bounded() -> None:
     collector = Collector(NOTHING_YET, 0.0)
     for index in range(MAX_WORKERS + 10):
-        collector.on_heartbeat(beat(f"decode-{index}"), 1.0)
+        collector.on_heartbeat(make_heartbeat(f"decode-{index}"), 1.0)
     assert len(collector.stats(1.0).workers) == MAX_WORKERS

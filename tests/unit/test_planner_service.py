@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from heartbeats import make_heartbeat
 
 from planner.app import PlannerService
 from planner.stats_log import StatsLog
@@ -16,11 +17,9 @@ from shared.messages import (
     Ack,
     ErrorReply,
     GetStats,
-    Heartbeat,
     PlannerStats,
     RoundObserved,
     Slo,
-    WindowStats,
     decode,
     encode,
 )
@@ -28,33 +27,7 @@ from shared.messages import (
 ROUND = RoundObserved(
     tenant="t", session="s", round=0, delay_s=None, ttft_s=0.1, tpot_s=0.01, slo=Slo(), usage=None, error=None
 )
-BEAT = Heartbeat(
-    worker_id="decode-0",
-    incarnation=1,
-    role="decode",
-    seq=0,
-    model="m",
-    max_context_tokens=1024,
-    vocab_size=256,
-    layout_hash="h",
-    kv_endpoints=(),
-    num_blocks=8,
-    num_free_blocks=8,
-    block_size=16,
-    kv_bytes_per_token=64,
-    num_sessions=0,
-    num_running=0,
-    num_waiting=0,
-    num_leases=0,
-    queue=(),
-    queue_num_tokens=0,
-    ttft=WindowStats(),
-    itl=WindowStats(),
-    prefill_tokens_per_s=0.0,
-    decode_step_s=0.0,
-    kv_bytes_per_s=0.0,
-    draining=False,
-)
+BEAT = make_heartbeat("decode-0")
 
 
 async def start(hub: MemoryHub, folder: Path) -> tuple[PlannerService, MemoryBus]:

@@ -23,6 +23,7 @@ from planner.simulator.results import record_rounds
 from planner.simulator.simulate_command import add_simulate_command, parse_failure, read_setup
 from planner.simulator.simulation import Simulation
 from shared.errors import AmpdError, ErrorCode
+from shared.policy_flags import add_policy_flags
 
 PROFILE = "h100-qwen3-32b"
 NUM_SESSIONS = 40
@@ -63,6 +64,7 @@ def test_it_writes_what_a_replay_writes(trace: Path, tmp_path: Path, capsys: pyt
     records = read_records(tmp_path / "rounds.jsonl")
     assert len(records) == report["rounds"]["offered"]
     for one in records:
+        assert one.session is None, "no cluster knows it"
         assert one.usage is not None
         assert one.ttft_s is not None
         assert one.finished_s is not None
@@ -221,8 +223,6 @@ def test_json_is_all_that_standard_output_gets(trace: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--policy", "no-such"], "adaptive"),
-        (["--disable", "no-such"], "moore_hodgson"),
         (["--policy-option", "routing.alpha"], "PATH=VALUE"),
         (["--policy-option", "routing.no_such=1"], "no_such"),
         (["--profile", "no-such"], "h100-qwen3-32b"),
@@ -242,12 +242,36 @@ def test_wrong_options_say_what_to_change(trace: Path, tmp_path: Path, more: lis
     assert caught.value.code is ErrorCode.INVALID_REQUEST  # the ampd command ends with 2
 
 
-@pytest.mark.parametrize("flag", [["--rate", "0"], ["--sessions", "1.5"], ["--step-model", "x"], ["--warm-up", "-1"]])
-def test_wrong_values_exit_with_2(trace: Path, flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        (["--rate", "0"], "0"),
+        (["--sessions", "1.5"], "1.5"),
+        (["--step-model", "x"], "mixed"),
+        (["--warm-up", "-1"], "-1"),
+        (["--policy", "no-such"], "adaptive"),
+        (["--disable", "no-such"], "moore_hodgson"),
+    ],
+)
+def test_wrong_values_exit_with_2(trace: Path, flag: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         parse(*flags_for(trace, Path("unused"), *flag))
     assert leaving.value.code == 2
-    assert flag[0] in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert flag[0] in error
+    assert named in error
+
+
+def test_the_policy_flags_are_those_of_ampd_up() -> None:
+    flags = ["--policy", "adaptive", "--disable", "moves", "--policy-option", "routing.uncertainty=0.5"]
+    setup = read_setup(parse(*flags_for(Path("unused"), Path("unused")), *flags))
+    assert (setup.policy, setup.disabled_parts) == ("adaptive", ("moves",))
+    assert setup.policy_options == ("routing.uncertainty=0.5",)
+    up = argparse.ArgumentParser()
+    add_policy_flags(up)
+    defaults = up.parse_args([])
+    simulate_arguments = parse("--profile", "p", "--trace", "t", "--rate", "1", "--out", "o")
+    assert {name: getattr(simulate_arguments, name) for name in vars(defaults)} == vars(defaults)
 
 
 @pytest.mark.parametrize(
