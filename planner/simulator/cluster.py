@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from planner.simulator.event_heap import EventHeap
+from planner.simulator.links import Links
 from planner.simulator.worker import SimWorker
+from planner.simulator.worker_reports import WorkerReports
 from shared.core.load import WorkerLoad
 from shared.core.policies import SchedulingPolicy
 from shared.core.profile import Profile
 from shared.core.step_costs import StepCosts
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import Role, Slo
-
-if TYPE_CHECKING:
-    from planner.simulator.simulation import Simulation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,14 @@ class Cluster:
         return " + ".join(f"{g.count} {g.role} x {g.parallel_degree}" for g in self.groups if g.count)
 
 
-def build_workers(simulation: Simulation, cluster: Cluster, policy: SchedulingPolicy, slo: Slo) -> list[SimWorker]:
+def build_workers(
+    reports: WorkerReports,
+    events: EventHeap,
+    links: Links,
+    cluster: Cluster,
+    policy: SchedulingPolicy,
+    slo: Slo,
+) -> list[SimWorker]:
     """Workers fill the nodes one after another. Raises AmpdError for a cluster that cannot serve."""
     profile = cluster.profile
     if not any(group.count for group in cluster.groups if group.role != "prefill"):
@@ -69,7 +75,9 @@ def build_workers(simulation: Simulation, cluster: Cluster, policy: SchedulingPo
             host_kv_tokens = profile.host_kv_bytes * group.parallel_degree // profile.kv_bytes_per_token
             workers.append(
                 SimWorker(
-                    simulation,
+                    reports,
+                    events,
+                    links,
                     len(workers),
                     load,
                     true_costs,

@@ -12,8 +12,9 @@ from loadgen.records import RoundRecord, RunInfo
 from loadgen.run import describe_machine
 from loadgen.workload import Workload
 from planner.simulator.cluster import Cluster, WorkerGroup
+from planner.simulator.failures import Failure
 from planner.simulator.results import describe_result, record_rounds
-from planner.simulator.simulation import Failure, Simulation
+from planner.simulator.simulation import Simulation
 from shared.core.policies import SchedulingPolicy
 from shared.core.profile import Profile
 from shared.errors import AmpdError, ErrorCode

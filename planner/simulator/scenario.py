@@ -10,8 +10,9 @@ from loadgen.plan import Plan
 from loadgen.traces import TraceSession, read_trace
 from loadgen.workload import Workload, choose_workload, plan_workload
 from planner.simulator.cluster import Cluster
+from planner.simulator.failures import Failure
 from planner.simulator.outcome import Outcome, summarise
-from planner.simulator.simulation import Failure, Result, Simulation
+from planner.simulator.simulation import Result, Simulation
 from shared.core.patience import ADMISSION_FACTOR
 from shared.core.policies import SchedulingPolicy
 from shared.messages import Slo

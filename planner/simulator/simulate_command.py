@@ -133,8 +133,8 @@ def show_progress(console: Console, num_rounds: int) -> Iterator[Callable[[int],
 
 def read_setup(arguments: argparse.Namespace) -> SimulationSetup:
     from planner.simulator.cluster import WorkerGroup
+    from planner.simulator.failures import Failure
     from planner.simulator.run_simulation import SimulationSetup
-    from planner.simulator.simulation import Failure
 
     groups = (
         WorkerGroup(role="prefill", count=arguments.prefill, parallel_degree=arguments.prefill_tp),

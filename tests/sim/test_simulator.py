@@ -16,8 +16,11 @@ import pytest
 
 from loadgen.plan import PlannedRound, PlannedSession
 from planner.simulator.cluster import Cluster, WorkerGroup
+from planner.simulator.event_heap import EventHeap, Handler
+from planner.simulator.failures import Failure
+from planner.simulator.placement import LOCAL_CONTROL_S, REMOTE_CONTROL_S
 from planner.simulator.rounds import SimRound
-from planner.simulator.simulation import LOCAL_CONTROL_S, REMOTE_CONTROL_S, Failure, Handler, Result, Simulation
+from planner.simulator.simulation import Result, Simulation
 from planner.simulator.worker import SimWorker
 from shared.core.policies import POLICIES, SchedulingPolicy, find_policy, with_options
 from shared.core.profile import Profile
@@ -48,17 +51,19 @@ def cluster(
     return Cluster(profile=profile, groups=groups, **fields)
 
 
-class WatchedSimulation(Simulation):
-    """Fails when an event lies in the past or when there are more than `max_events`; checks every worker's memory
+class WatchedEvents(EventHeap):
+    """Fails when an event lies in the past or when there are more than `max_events`; checks the memory of `workers`
     after each `check_every`-th event."""
 
-    def watch(self, max_events: int, check_every: int = 0) -> None:
+    def __init__(self, max_events: int, check_every: int = 0) -> None:
+        super().__init__()
+        self.workers: Sequence[SimWorker] = ()
         self._max_events, self._check_every = max_events, check_every
 
     def at(self, time: float, handler: Handler, argument: Any) -> None:
         assert time >= self.now, f"{handler} planned at {time}, now is {self.now}"
-        assert self._num_planned < self._max_events, f"{self._max_events} events, now is {self.now}: it hangs"
-        if self._check_every and self._num_planned % self._check_every == 0:
+        assert self.num_planned < self._max_events, f"{self._max_events} events, now is {self.now}: it hangs"
+        if self._check_every and self.num_planned % self._check_every == 0:
             super().at(time, self._handle_and_check, (handler, argument))
         else:
             super().at(time, handler, argument)
@@ -73,17 +78,17 @@ class WatchedSimulation(Simulation):
 def check_memory(worker: SimWorker) -> None:
     """KvMemory.check_integrity, with what the batch has grown by since its sequences joined: that is counted as used
     when a segment is planned and goes to the entries when a sequence leaves."""
-    memory = worker.memory
-    grown = sum(worker.tick - r.joined_tick for r in worker._decoding if r.entry)
-    if worker._is_running and worker._decodes:
-        grown += worker.batch * worker._num_steps
+    memory, batch, segment = worker.memory, worker.batch, worker.segments.running
+    grown = sum(batch.tick - r.joined_tick for r in batch.rounds if r.entry)
+    if segment is not None and segment.decodes:
+        grown += batch.size * segment.num_steps
     assert memory.num_used == sum(kv.num_tokens for kv in memory.entries.values()) + grown
     assert memory.num_host_used == sum(kv.num_host_tokens for kv in memory.entries.values())
     assert 0 <= memory.num_used <= memory.capacity
     assert 0 <= memory.num_host_used <= memory.host_capacity
     assert all(min(kv.num_tokens, kv.num_host_tokens, kv.busy) >= 0 for kv in memory.entries.values())
     assert all(kv.busy == 0 and memory.entries[key] is kv for key, kv in memory.idle.items())
-    assert worker.batch == sum(1 for r in worker._decoding if r.entry)
+    assert batch.size == sum(1 for r in batch.rounds if r.entry)
 
 
 def simulate(
@@ -94,10 +99,11 @@ def simulate(
     *,
     check_every: int = 1,
     **options: Any,
-) -> tuple[Result, WatchedSimulation]:
+) -> tuple[Result, Simulation]:
     chosen = find_policy(policy) if isinstance(policy, str) else policy
-    sim = WatchedSimulation(where, chosen, sessions, slo, **options)
-    sim.watch(50_000 + sum(1_000 + one.output_tokens for s in sessions for one in s.rounds), check_every)
+    events = WatchedEvents(50_000 + sum(1_000 + one.output_tokens for s in sessions for one in s.rounds), check_every)
+    sim = Simulation(where, chosen, sessions, slo, events=events, **options)
+    events.workers = sim.workers
     result = sim.run()
     check_books(result, sim, sessions)
     return result, sim
@@ -118,9 +124,9 @@ def check_books(result: Result, sim: Simulation, sessions: Sequence[PlannedSessi
     for worker in sim.workers:
         check_memory(worker)
         load = worker.load
-        assert worker.batch == 0
-        assert not worker.queue
-        assert not worker.unstaged
+        assert worker.batch.size == 0
+        assert not worker.queue.waiting
+        assert not worker.remote.unstaged
         assert not load.prefills
         assert not load.decoding
         assert not load.active
