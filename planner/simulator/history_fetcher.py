@@ -71,5 +71,6 @@ class HistoryFetcher:
 
     def _fetched(self, prefill: SimPrefill, now: float) -> None:
         prefill.is_fetching = False
+        prefill.start = prefill.kv.num_tokens
         prefill.round.transfer_s += now - max(prefill.arrival, prefill.round.placed_at)
         self._worker.segments.look_again(now)

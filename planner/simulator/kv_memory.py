@@ -166,6 +166,9 @@ class KvMemory:
             kv.num_host_tokens += num_tokens
             self.num_host_used += num_tokens
             self.use_host_link(num_tokens, now)
+        elif kv.num_host_tokens:  # what follows a hole is of no use
+            self.num_host_used -= kv.num_host_tokens
+            kv.num_host_tokens = 0
         self.shrink(kv, 0)
 
     def _restore_s(self, kv: SimKv) -> float:

@@ -45,20 +45,23 @@ class Preemption:
         """Its KV goes; it is prefilled again, what it has produced included."""
         self.num_preemptions += 1
         round_.num_preemptions += 1
-        kv = self._batch.rounds[round_]
         if round_.entry:
+            kv = self._batch.rounds[round_]
             self._batch.stop(round_)
             round_.attempt += 1
             round_.placed_at = now
             self._memory.swap_out(kv, now)
             prefill = make_prefill(round_, kv, is_local=True, now=now)
-            history = kv.num_tokens + kv.num_host_tokens
-            prefill.waiting.work_s = self._load.work_s(history, prefill.stop - history)
+            prefill.predict_again(self._load)
             prefill.waiting.ttft_deadline = now + 2.0 * prefill.waiting.work_s + RESUME_S
             self._queue.waiting.append(prefill)
             return
-        self._memory.swap_out(kv, now)
         for prefill in self._queue.waiting:
             if prefill.round is round_:
-                self._queue.admitted.pop(prefill, None)
-                prefill.waiting.work_s = round_.work_s
+                self.displace(prefill, now)
+
+    def displace(self, prefill: SimPrefill, now: float) -> None:
+        """A waiting prefill gives up its room."""
+        self._queue.admitted.pop(prefill, None)
+        self._memory.swap_out(prefill.kv, now)
+        prefill.predict_again(self._load)

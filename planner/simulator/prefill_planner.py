@@ -58,6 +58,7 @@ class PrefillPlanner:
     def clear(self) -> None:
         """The worker has died."""
         self._forced = None
+        self._order = PrefillOrder(self._policy.order)
 
     # -------------------------------------------------------------------------------- admission
 
@@ -116,9 +117,7 @@ class PrefillPlanner:
         else:
             return reserved
         for other in yielding:
-            if other in queue.admitted:
-                del queue.admitted[other]
-            self._memory.swap_out(other.kv, now)
+            self._preemption.displace(other, now)
         return queue.count_reserved(self._batch.size)
 
     def _may_yield(self, prefill: SimPrefill) -> bool:

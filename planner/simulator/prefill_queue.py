@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from planner.simulator.kv_memory import SimKv
 from planner.simulator.rounds import SimRound
+from shared.core.load import WorkerLoad
 from shared.core.reordering import WaitingPrefill
 
 DECODE_MARGIN_TOKENS = 32  # room kept for each sequence of the batch to grow
@@ -21,7 +22,8 @@ class SimPrefill:
     stop: int
     arrival: float
     is_local: bool
-    start: int = 0  # of what is computed; set when it is admitted
+    work_s: float  # predicted, of computing [start, stop)
+    start: int = 0  # what is before it has KV, here or where it is fetched from
     is_fetching: bool = False  # its history is on its way
 
     @property
@@ -34,10 +36,20 @@ class SimPrefill:
         """Whether some of its history is to be fetched."""
         return self.kv.num_host_tokens > 0 or self.round.moved_from is not None
 
+    def predict_again(self, load: WorkerLoad) -> None:
+        """It has lost KV: what has none on the device or in host memory is to be computed."""
+        self.start = self.kv.num_tokens + self.kv.num_host_tokens
+        self.work_s = self.waiting.work_s = load.work_s(self.start, self.stop - self.start)
+
+    def note_progress(self) -> None:
+        """What is left of its work is what its place in the queue depends on."""
+        self.waiting.work_s = self.work_s * self.num_missing / max(1, self.stop - self.start)
+
 
 def make_prefill(round_: SimRound, kv: SimKv, *, is_local: bool, now: float) -> SimPrefill:
     waiting = WaitingPrefill(round_.key, round_.placed_at, round_.session.arrival, round_.deadline, round_.work_s)
-    return SimPrefill(round_, waiting, kv, round_.num_prompt + round_.num_produced, now, is_local)
+    stop = round_.num_prompt + round_.num_produced
+    return SimPrefill(round_, waiting, kv, stop, now, is_local, round_.work_s)
 
 
 class PrefillQueue:
@@ -49,7 +61,7 @@ class PrefillQueue:
 
     def begin(self, prefill: SimPrefill) -> None:
         self.admitted[prefill] = None
-        prefill.start = prefill.kv.num_tokens
+        prefill.start = prefill.kv.num_tokens + prefill.kv.num_host_tokens
 
     def end(self, prefill: SimPrefill) -> None:
         self.waiting.remove(prefill)

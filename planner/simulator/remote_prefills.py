@@ -112,3 +112,4 @@ class RemotePrefills:
     def clear(self) -> None:
         self.unstaged.clear()
         self._num_staged = 0
+        self._order = PrefillOrder(self._order.parameters)

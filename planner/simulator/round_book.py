@@ -21,7 +21,6 @@ class Counters:
     moves: int = 0
     failures: int = 0
     events: int = 0
-    decision_s: float = 0.0
 
 
 class RoundBook:

@@ -51,7 +51,6 @@ class SimRound:
     work_s: float = 0.0  # of its prefill, as predicted
     num_history: int = 0
     num_cached: int = 0  # on the decode worker when its prefill was placed
-    num_computed: int = 0
     num_produced: int = 0  # output tokens by the time it was last stopped
     attempt: int = 1
     joined_tick: int = 0  # of its decode worker, when it began to decode
@@ -84,6 +83,15 @@ class SimRound:
     @property
     def ttft_s(self) -> float:
         return self.first_token_at - self.sent_at
+
+    def note_token(self, now: float) -> None:
+        """A prefill ends with a token: the first, or the next one after a preemption or a restart."""
+        if self.first_token_at < 0.0:
+            self.first_token_at = now
+        else:
+            self.gaps.append((1, now - self.last_token_at))
+        self.last_token_at = now
+        self.num_produced += 1
 
     @property
     def num_gaps(self) -> int:

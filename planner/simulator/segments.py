@@ -141,9 +141,8 @@ class Segments:
         for prefill, _ in segment.chunks:
             if prefill.kv.num_tokens >= prefill.stop and prefill in self._queue.waiting:
                 worker.end_prefill(prefill, now)
-            else:  # what is left of its work is what its place in the queue depends on
-                left = prefill.num_missing / max(1, prefill.stop - prefill.start)
-                prefill.waiting.work_s = prefill.round.work_s * left
+            else:
+                prefill.note_progress()
         worker.remote.stage_next(now)
         if self.running is None:  # an ended round may have brought the next one, which started a segment
             self._start(now)

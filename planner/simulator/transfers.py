@@ -64,12 +64,7 @@ class HandOvers:
         source.release_remote(kv, now)
         if not goes_on:
             return
-        if round_.first_token_at < 0.0:
-            round_.first_token_at = now
-        else:
-            round_.gaps.append((1, now - round_.last_token_at))
-        round_.last_token_at = now
-        round_.num_produced += 1
+        round_.note_token(now)
         self._placement.note_decoding(round_)
         if round_.num_produced >= round_.planned.output_tokens:
             round_.decode.end_round(round_, now)

@@ -175,13 +175,7 @@ class SimWorker:
             self.ttft.add(now, now - round_.sent_at)
         if prefill.is_local:
             self._reports.prefill_ended(round_, self, now)
-            round_.num_computed = prefill.stop
-            if round_.first_token_at < 0.0:
-                round_.first_token_at = now
-            else:
-                round_.gaps.append((1, now - round_.last_token_at))
-            round_.last_token_at = now
-            round_.num_produced += 1
+            round_.note_token(now)
             if round_.num_produced >= round_.planned.output_tokens:
                 self.end_round(round_, now)
             else:
