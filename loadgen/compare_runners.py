@@ -19,6 +19,7 @@ from loadgen.workload import Workload, describe_trace, plan_workload
 from shared.child_process import dying_with_this_process
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import Slo
+from shared.policy_flags import build_policy, read_policy_options
 
 TRACE, LOG = "trace.jsonl", "run.log"
 STOP_GRACE_S = 45.0  # for `ampd run` to end after a Ctrl-C
@@ -120,7 +121,7 @@ class LiveRunner:
             cluster += ["--parallel-degree", str(contender.workers[0].parallel_degree)]
         policy = ["--policy", contender.policy]
         policy += [f"--disable={part}" for part in contender.disabled_parts]
-        policy += [f"--policy-option={option}" for option in contender.policy_options]
+        policy += [f"--policy-option={option}" for option in self.scale_options(contender)]
         replay = ["--rate", repr(workload.rate / scale), "--arrivals", "poisson", "--seed", str(workload.seed)]
         replay += ["--ttft-slo", repr(self.slo.ttft_s * scale), "--itl-slo", repr(self.slo.itl_s * scale)]
         replay += ["--deadline", repr(min(MAX_DEADLINE_S, self.deadline * scale))]
@@ -130,6 +131,15 @@ class LiveRunner:
             replay += ["--max-delay", repr(workload.max_delay * scale)]
         run = [*python, "services.cli", "run", *cluster, *policy, *self.cluster_flags, "--"]
         return [*run, *python, "loadgen", "replay", str(folder / TRACE), *replay, "--out", str(folder)]
+
+    def scale_options(self, contender: Contender) -> tuple[str, ...]:
+        """The statistics that `ampd` reads cover `window_s` of the profile's time, as the rest of the run."""
+        if self.time_scale == 1.0:
+            return contender.policy_options
+        options = read_policy_options(contender.policy_options)
+        window_s = build_policy(contender.policy, contender.disabled_parts, options).window_s
+        others = (text for text in contender.policy_options if not text.startswith("window_s="))
+        return (*others, f"window_s={window_s * self.time_scale!r}")
 
     def _describe(self, run: RunInfo, contender: Contender, workload: Workload, chosen: list[TraceSession]) -> RunInfo:
         trace = describe_trace(self.trace, workload, plan_workload(chosen, workload))

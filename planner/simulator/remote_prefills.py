@@ -8,13 +8,12 @@ from planner.simulator.event_heap import EventHeap
 from planner.simulator.links import Links
 from planner.simulator.prefill_planner import PrefillPlanner
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
+from shared.core.chunking import MAX_STAGED_PREFILLS
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import PrefillOrder
 
 if TYPE_CHECKING:
     from planner.simulator.worker import SimWorker
-
-MAX_STAGED = 8  # remote prefills whose history is on its way or here; the others wait as metadata
 
 
 class RemotePrefills:
@@ -45,7 +44,7 @@ class RemotePrefills:
     def stage_next(self, now: float) -> None:
         """Read the history of the next ones, while there are few here."""
         worker, queue = self._worker, self._queue
-        while self.unstaged and self._num_staged < MAX_STAGED:
+        while self.unstaged and self._num_staged < MAX_STAGED_PREFILLS:
             index = self._choose_next(now)
             if index is None:
                 if not queue.admitted and worker.batch.size == 0 and not queue.waiting:

@@ -12,6 +12,7 @@ from services.worker.outbox import Outbox
 from services.worker.streams import StreamPublisher
 from shared import subjects
 from shared.bus import Bus
+from shared.core.chunking import MAX_STAGED_PREFILLS
 from shared.core.policies import SchedulingPolicy, find_policy
 from shared.core.step_costs import StepCosts
 from shared.core.windows import SlidingWindow
@@ -22,6 +23,9 @@ from shared.text import TextCodec
 from shared.transport.client import KvClient
 from shared.transport.leases import LeaseTable
 from shared.transport.receiver import PullResult
+
+MAX_TTFT_SAMPLES = 4_096  # of a window
+MAX_ITL_SAMPLES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class WorkerLimits:
     peer_timeout_s: float = 2.0
     peer_attempts: int = 3
     kv_progress_timeout_s: float = 5.0
-    max_staged: int = 4  # prefills off the queue that pull or compute
+    max_staged: int = MAX_STAGED_PREFILLS  # prefills off the queue that pull or compute
     max_residents: int = 1024  # sessions whose KV is kept for their next prefill
     max_stagings: int = 8  # pulls ahead of a round
     staging_timeout_s: float = 30.0
@@ -62,14 +66,16 @@ class WorkerContext:
     profile: str = ""
     node: str = ""
     limits: WorkerLimits = field(default_factory=WorkerLimits)
-    ttft: SlidingWindow = field(default_factory=lambda: SlidingWindow(10.0, 4096))
-    itl: SlidingWindow = field(default_factory=lambda: SlidingWindow(10.0, 16_384))
     kv_bytes_per_s: float = 0.0
     draining: bool = False
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     kv_changes: KvChanges = field(init=False)
+    ttft: SlidingWindow = field(init=False)  # over the policy's window_s
+    itl: SlidingWindow = field(init=False)
 
     def __post_init__(self) -> None:
+        self.ttft = SlidingWindow(self.policy.window_s, MAX_TTFT_SAMPLES)
+        self.itl = SlidingWindow(self.policy.window_s, MAX_ITL_SAMPLES)
         self.kv_changes = KvChanges(self.engine)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

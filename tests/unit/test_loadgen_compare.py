@@ -334,7 +334,8 @@ def test_a_live_run_is_stretched_by_the_time_scale(trace: Path, tmp_path: Path) 
     own, command = split_at_double_dash(argv[3:])
     cluster = build_ampd_parser().parse_args(own)
     assert (cluster.prefill, cluster.decode, cluster.both, cluster.parallel_degree) == (1, 3, 0, 2)
-    assert (cluster.policy, cluster.disable, cluster.policy_option) == ("ampd", ["staging"], ["routing.alpha=0.5"])
+    assert (cluster.policy, cluster.disable) == ("ampd", ["staging"])
+    assert cluster.policy_option == ["routing.alpha=0.5", "window_s=100.0"], "statistics cover 10 s of the profile's"
     assert (cluster.engine, cluster.time_scale) == ("emulated", 10.0)
     assert command is not None
     assert command[:3] == [sys.executable, "-m", "loadgen"]
