@@ -15,6 +15,7 @@ import pytest
 from worker_pair import Conversation, load_reference, start_pair
 
 from services.worker.context import WorkerLimits
+from shared.core.policies import find_policy, with_options
 from shared.core.resident_key import resident_key
 from shared.core.sequences import SessionKv
 from shared.core.types import SessionKey
@@ -349,3 +350,11 @@ def test_checksums_are_of_packed_tokens() -> None:
         assert kv.identify(num_tokens) == (num_tokens, zlib.crc32(pack_token_ids(tokens[:num_tokens])))
     assert kv.identify(5)[0] == 20, "less than that is not known"
     assert kv.identify(40)[0] == 33
+
+
+async def test_a_workers_statistics_cover_the_policys_window(model_dir: Path, tmp_path: Path) -> None:
+    policy = with_options(find_policy("ampd"), {"window_s": 3.0})
+    async with start_pair(model_dir, tmp_path, policy=policy) as (_, prefiller, decoder):
+        for worker in (prefiller, decoder):
+            context = worker.runtime.context
+            assert context.ttft.stats(0.0).window_s == context.itl.stats(0.0).window_s == 3.0
