@@ -65,12 +65,12 @@ def _describe_round(one: RoundExplained) -> list[RenderableType]:
 
 def _option_table(one: RoundExplained) -> Table:
     """What was predicted of every option, in milliseconds; the chosen one is marked."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", width=1)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("")
     table.add_column("option", overflow="fold", min_width=10)
-    for column in ("compute\ntokens", "move\ntokens", "queue\nms", "KV\nms", "prefill\nms", "first token\nms"):
+    for column in ("compute\ntokens", "move\ntokens", "queue\nms", "KV\nms", "prefill\nms", "first\ntoken ms"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("on time", "disturbed"):
+    for column in ("on\ntime", "dis-\nturbed"):
         table.add_column(column, justify="right", no_wrap=True)
     for index, option in enumerate(one.options):
         is_chosen = index == one.chosen_index
