@@ -12,7 +12,7 @@ from planner.simulator.preemption import Preemption
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
 from shared.core.chunking import budget_prefill_tokens, fit_chunks, measure_stretch
 from shared.core.policies import SchedulingPolicy
-from shared.core.reordering import PrefillOrder
+from shared.core.reordering import AgedRoom, PrefillOrder
 from shared.core.step_costs import StepCosts
 
 Chunk = tuple[SimPrefill, int]  # so many tokens of it
@@ -42,7 +42,8 @@ class PrefillPlanner:
         self._preemption = preemption
         self._costs = costs
         self._policy = policy
-        self._order = PrefillOrder(policy.order)
+        self.room = AgedRoom()  # of the worker's memory, whoever takes from it
+        self._order = PrefillOrder(policy.order, self.room)
         self._forced: SimPrefill | None = None  # has been given the room of all others: keeps it
         self._itl_slo_s = itl_slo_s
         self._max_batch = max_batch
@@ -58,7 +59,8 @@ class PrefillPlanner:
     def clear(self) -> None:
         """The worker has died."""
         self._forced = None
-        self._order = PrefillOrder(self._policy.order)
+        self.room.orders.clear()
+        self._order = PrefillOrder(self._policy.order, self.room)
 
     # -------------------------------------------------------------------------------- admission
 
@@ -191,6 +193,10 @@ class PrefillPlanner:
             itl_slo_s=itl_slo_s,
             num_history=num_history,
         )
+
+    def is_aged_turn(self, prefill: SimPrefill) -> bool:
+        """It runs out of order, for one step."""
+        return self._order.is_oldest_aged(prefill.waiting) and len(self._queue.waiting) > 1
 
     def measure_stretch(self, prefill: SimPrefill) -> float:
         """How much longer prefills take beside the batch than alone."""

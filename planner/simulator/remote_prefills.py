@@ -8,7 +8,7 @@ from planner.simulator.event_heap import EventHeap
 from planner.simulator.links import Links
 from planner.simulator.prefill_planner import PrefillPlanner
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
-from shared.core.chunking import MAX_STAGED_PREFILLS
+from shared.core.chunking import may_stage
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import PrefillOrder
 
@@ -31,11 +31,12 @@ class RemotePrefills:
         self._memory = worker.memory
         self._queue = queue
         self._planner = planner
-        self._order = PrefillOrder(policy.order)
+        self._order = PrefillOrder(policy.order, planner.room)
+        self._chunk = policy.chunk
         self._reads_history = policy.routing.reads_history
         self._events = events
         self._links = links
-        self._num_staged = 0
+        self._staged: dict[SimPrefill, int] = {}  # with the tokens that each computes
 
     def add(self, prefill: SimPrefill, now: float) -> None:
         self.unstaged.append(prefill)
@@ -44,7 +45,7 @@ class RemotePrefills:
     def stage_next(self, now: float) -> None:
         """Read the history of the next ones, while there are few here."""
         worker, queue = self._worker, self._queue
-        while self.unstaged and self._num_staged < MAX_STAGED_PREFILLS:
+        while self.unstaged and may_stage(self._chunk, len(self._staged), sum(self._staged.values())):
             index = self._choose_next(now)
             if index is None:
                 if not queue.admitted and worker.batch.size == 0 and not queue.waiting:
@@ -55,7 +56,6 @@ class RemotePrefills:
                 return
             prefill = self.unstaged.pop(index)
             queue.begin(prefill)
-            self._num_staged += 1
             self._read_history(prefill, now)
 
     def _choose_next(self, now: float) -> int | None:
@@ -81,6 +81,7 @@ class RemotePrefills:
         readable = decode.count_readable(round_) if self._reads_history else 0
         num_pulled = max(0, min(readable, prefill.stop - 1) - kv.num_tokens)
         self._memory.grow(kv, num_pulled)
+        self._staged[prefill] = prefill.num_missing
         if not num_pulled:
             self._pulled(prefill, now)
             return
@@ -94,21 +95,22 @@ class RemotePrefills:
         self._queue.waiting.append(prefill)
         self._worker.segments.look_again(now)
 
-    def end(self) -> None:
+    def end(self, prefill: SimPrefill) -> None:
         """One that was staged has been computed: the next may be."""
-        self._num_staged -= 1
+        del self._staged[prefill]
 
     def drop(self, prefill: SimPrefill) -> None:
         """It starts again elsewhere, wherever it has got to here."""
         if prefill in self.unstaged:
             self.unstaged.remove(prefill)
+            self._order.forget(prefill.waiting)
         else:
             del self._queue.admitted[prefill]
-            self._num_staged -= 1
+            del self._staged[prefill]
         if prefill in self._queue.waiting:
             self._queue.waiting.remove(prefill)
 
     def clear(self) -> None:
         self.unstaged.clear()
-        self._num_staged = 0
-        self._order = PrefillOrder(self._order.parameters)
+        self._staged.clear()
+        self._order = PrefillOrder(self._order.parameters, self._planner.room)

@@ -108,6 +108,8 @@ class Segments:
         if len(chunks) > 1 or chunks[0][1] < budget:
             return 1
         prefill, chunk = chunks[0]
+        if self._planner.is_aged_turn(prefill):
+            return 1
         num_steps = min(MAX_CHUNK_STEPS, prefill.num_missing // chunk)
         return max(1, min(num_steps, (self._memory.num_free - self._batch.size * num_steps) // chunk))
 

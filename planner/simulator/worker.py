@@ -181,7 +181,7 @@ class SimWorker:
             else:
                 self.batch.begin(round_, now)
             return
-        self.remote.end()
+        self.remote.end(prefill)
         kv = prefill.kv
         self._reports.prefill_ended(round_, self, now)
         if self._policy.keeps_resident:
@@ -238,6 +238,6 @@ class SimWorker:
         for session in list(self.memory.entries):
             self.memory.forget(session)
         self.queue.clear()
-        self.remote.clear()
         self._planner.clear()
+        self.remote.clear()
         return list(dict.fromkeys(rounds))

@@ -18,6 +18,7 @@ from services.worker.context import WorkerContext
 from services.worker.prefill_job import PrefillJob, PrefillSteps
 from services.worker.residents import Residents
 from services.worker.staging import KvStaging
+from shared.core.chunking import may_stage
 from shared.core.reordering import PrefillOrder, WaitingPrefill
 from shared.core.sequences import SessionKv
 from shared.core.types import RoundKey, SessionKey
@@ -46,7 +47,7 @@ class PrefillRole:
         self._ended: deque[RoundKey] = deque(maxlen=1024)  # a repeated command must not run a task twice
         self._changed = asyncio.Event()
         self._staged: set[PrefillJob] = set()  # off the queue and not computed yet
-        self._order = PrefillOrder(context.policy.order)
+        self._order = PrefillOrder(context.policy.order, context.engine.scheduler.room)
         self._steps = PrefillSteps(context)
         self.residents = Residents(
             context.engine, max_residents=context.limits.max_residents, on_lost=context.kv_changes.note_gone
@@ -133,6 +134,7 @@ class PrefillRole:
             return  # it ended while another was being cancelled
         if job.runner is None:
             self._queue.remove(job)
+            self._order.forget(job.waiting)
             del self._jobs[job.key]
             return
         job.runner.cancel()
@@ -161,7 +163,7 @@ class PrefillRole:
             raise AmpdError(ErrorCode.INVALID_REQUEST, "a prefill task needs at least one token to compute")
         if message.num_cached_tokens and message.history is None and self.residents.find(job.session) is None:
             raise AmpdError(ErrorCode.KV_LEASE_INVALID, "the task's history is not here, and no source of it is named")
-        job.waiting.work_s = self._engine.scheduler.predictor.prefill_s(job.num_history_tokens, job.num_new_tokens)
+        job.waiting.work_s = self._engine.scheduler.predictor.work_s(job.num_history_tokens, job.num_new_tokens)
         if job.num_tokens >= context.max_context_tokens:
             raise AmpdError(
                 ErrorCode.CONTEXT_TOO_LONG, f"{job.num_tokens} tokens; the model takes {context.max_context_tokens}"
@@ -195,11 +197,13 @@ class PrefillRole:
         # what is staged runs before it
         stretch = self._engine.scheduler.measure_stretch()
         order = self._order.order(queue, now + stretch * sum(job.waiting.work_s for job in self._staged), stretch)
+        num_promised = self._engine.scheduler.count_promised_tokens()
         for index in order:
             job = self._queue[index]
             kv = self.residents.find(job.session) or SessionKv(job.session, resident=True)
-            num_lacking = job.num_tokens - kv.num_kv
-            if self._engine.reserve_idle(kv, job.num_tokens, num_aside=self._order.count_aside(job.waiting)):
+            num_lacking = max(0, job.num_tokens - kv.num_kv)
+            num_aside = num_promised + self._order.count_aside(job.waiting)
+            if self._engine.reserve_idle(kv, job.num_tokens, num_aside=num_aside):
                 break
             self._staging.give_way()
             if not self._order.may_be_passed(job.waiting, num_lacking):
@@ -217,13 +221,9 @@ class PrefillRole:
 
     def _has_room(self) -> bool:
         """Whether one more task is to be staged: as few as keep the next step full while a history is pulled."""
-        num_staged = len(self._staged)
-        if num_staged < 2:
-            return True
         num_tokens = sum(job.num_new_tokens for job in self._staged)
-        return (
-            num_staged < self._context.limits.max_staged
-            and num_tokens < 2 * self._engine.scheduler.chunk.max_prefill_tokens
+        return may_stage(
+            self._engine.scheduler.chunk, len(self._staged), num_tokens, max_staged=self._context.limits.max_staged
         )
 
     # ----------------------------------------------------------------------------- one job's life

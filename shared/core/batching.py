@@ -17,7 +17,7 @@ from typing import Protocol
 
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks, measure_stretch
 from shared.core.kv_blocks import BlockAllocator
-from shared.core.reordering import OrderParameters, PrefillOrder
+from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder
 from shared.core.retention import IdleKv, RetentionName, choose_victim
 from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
 from shared.core.step_prediction import StepPredictor
@@ -63,6 +63,8 @@ class Scheduler:
         self.allocator = allocator
         self.max_batch = max_batch
         self._sizes = ChunkParameters(chunk_tokens=chunk_tokens, max_prefill_tokens=max_prefill_tokens)
+        self.room = AgedRoom()  # of the pool: shared by whoever else orders prefills that take from it
+        self.order = PrefillOrder(OrderParameters(order="fcfs"), self.room)
         self.follow(ChunkParameters(), OrderParameters(order="fcfs"), "lru", StepPredictor())
         self.lower_tier: LowerTier | None = None
         self.sessions: dict[SessionKey | RoundKey, SessionKv] = {}
@@ -82,7 +84,8 @@ class Scheduler:
             max_prefill_tokens=sizes.max_prefill_tokens,
             min_chunk_tokens=min(chunk.min_chunk_tokens, sizes.max_prefill_tokens),
         )
-        self.order = PrefillOrder(order)
+        self.room.leave(self.order)
+        self.order = PrefillOrder(order, self.room)
         self.retention: RetentionName = retention
         self.predictor = predictor
 
@@ -101,6 +104,7 @@ class Scheduler:
         """The sequence leaves; its session keeps its KV and is idle."""
         sequence.state = SequenceState.ENDED
         self.sequences.remove(sequence)
+        self.order.forget(sequence.waiting)
         sequence.kv.sequence = None
         sequence.kv.last_used = now
 
@@ -130,6 +134,8 @@ class Scheduler:
         """Blocks for positions [0, num_tokens), idle sessions' KV evicted if need be; False, and nothing evicted, when
         that is not enough, or would not leave room for `num_aside` tokens."""
         missing = self.allocator.blocks_for(num_tokens) - len(kv.block_table)
+        if missing <= 0:
+            return True
         num_aside = self.allocator.blocks_for(num_aside)
         if missing + num_aside > self.allocator.num_free:
             idle = self._idle(kv) if evict else []
@@ -141,8 +147,7 @@ class Scheduler:
                 self._evict(victim, missing - self.allocator.num_free, now)
                 if not victim.block_table:
                     idle.remove(victim)
-        if missing > 0:
-            kv.block_table += self.allocator.allocate(missing, kv)
+        kv.block_table += self.allocator.allocate(missing, kv)
         return True
 
     def reserve_preempting(
@@ -175,13 +180,20 @@ class Scheduler:
             self.lower_tier.save(kv, 0, now)
         self.truncate(kv, 0)
         if victim.has_produced:
-            victim.as_waiting().ttft_deadline = now + 2.0 * self._predict_s(victim) + RESUME_S
+            place = victim.as_waiting()
+            place.arrival = now  # it ages from here: its first token was long ago
+            place.ttft_deadline = now + 2.0 * self._predict_s(victim) + RESUME_S
 
     def _predict_s(self, sequence: Sequence) -> float:
         """Until its prefill is computed: what can be restored is, the rest is computed."""
         kv, num_restorable = sequence.kv, self._count_restorable(sequence)
         compute_s = self.predictor.prefill_s(kv.num_kv + num_restorable, kv.num_missing - num_restorable)
         return compute_s + (self.predictor.read_host_s(num_restorable) if num_restorable else 0.0)
+
+    def _predict_work_s(self, sequence: Sequence) -> float:
+        """Of the worker's time: the fixed part of a step is not each prefill's own."""
+        kv, num_restorable = sequence.kv, self._count_restorable(sequence)
+        return self.predictor.work_s(kv.num_kv + num_restorable, kv.num_missing - num_restorable)
 
     def _count_restorable(self, sequence: Sequence) -> int:
         """All but the last token: its logits are wanted."""
@@ -260,14 +272,16 @@ class Scheduler:
                    >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
         planned = self._keep_slack(planned)
         self._note_started(planned, waiting, now)
-        if prefills:
-            self.order.note_turn(prefills[0].as_waiting())
+        computed = {id(item.sequence) for item in planned}
+        first = next((sequence for sequence in prefills if id(sequence) in computed), None)
+        if first is not None:  # one without a place in the batch, or without room, keeps its turn
+            self.order.note_turn(first.as_waiting())
         return planned
 
     def _order_prefills(self, prefills: list[Sequence], now: float) -> list[Sequence]:
         queue = [sequence.as_waiting() for sequence in prefills]
         for sequence, place in zip(prefills, queue, strict=True):
-            place.work_s = self._predict_s(sequence)
+            place.work_s = self._predict_work_s(sequence)
         return [prefills[index] for index in self.order.order(queue, now, self.measure_stretch())]
 
     def measure_stretch(self) -> float:
@@ -360,6 +374,10 @@ class Scheduler:
 
     def _list_admitted(self) -> Iterator[Sequence]:
         return (s for s in self.sequences if s.admitted and s.state is not SequenceState.ENDED and s.kv.num_missing > 1)
+
+    def count_promised_tokens(self) -> int:
+        """KV room that prefills which have begun here still need, to their ends."""
+        return sum(map(self._count_missing, self._list_admitted())) * self.allocator.block_size
 
     def _list_behind(self, prefills: list[Sequence], place: int) -> Iterator[Sequence]:
         """Prefills that may have to yield to the one at `place`, the last in the order first. The oldest that has aged

@@ -48,6 +48,14 @@ def budget_prefill_tokens(
     return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
 
 
+def may_stage(
+    parameters: ChunkParameters, num_staged: int, num_tokens: int, *, max_staged: int = MAX_STAGED_PREFILLS
+) -> bool:
+    """Whether one more remote prefill leaves the queue beside `num_staged` of `num_tokens` new tokens in all: as few as
+    keep the next step full while a history is read."""
+    return num_staged < 2 or (num_staged < max_staged and num_tokens < 2 * parameters.max_prefill_tokens)
+
+
 def measure_stretch(costs: StepCosts, budget_tokens: int, num_history: int, batch: int, mean_context: float) -> float:
     """How much longer prefills take in steps of `budget_tokens` beside `batch` decodes than alone at the best rate."""
     step_s = costs.step_s(batch, mean_context, ((num_history, budget_tokens),))

@@ -155,18 +155,30 @@ def has_aged(task: WaitingPrefill, now: float, ageing: float) -> bool:
     return now - task.arrival > ageing * max(0.0, task.ttft_deadline - task.arrival)
 
 
+class AgedRoom:
+    """What is put aside in one KV pool for the aged tasks of the queues that take from it."""
+
+    def __init__(self) -> None:
+        self.orders: list[PrefillOrder] = []
+
+    def leave(self, order: PrefillOrder) -> None:
+        self.orders.remove(order)
+
+
 class PrefillOrder:
     """The order of one worker's queue over time: counts who was passed over, and gives the aged their share.
 
     A turn is one step of the worker (or one task, where tasks run whole). Of any `aged_every` successive turns one goes
-    to the oldest task that has aged: a task with k older ones in the queue starts at most (k + 1) * aged_every turns
-    after it has aged, plus the turns that those k need in all. Where it lacks KV room it holds nobody up, but with
-    every task that begins some room is put aside for it: when the others have taken `aged_room` times what it needs,
-    that much is free.
+    to the oldest task that has aged: one that has aged starts after at most aged_every times (the turns that the older
+    ones in the queue need, and one). Where it lacks KV room it holds nobody up, but with every task that begins some
+    room is put aside for it: when the others have taken `aged_room` times what it needs, that much is free. Queues that
+    take from one pool share `room`.
     """
 
-    def __init__(self, parameters: OrderParameters) -> None:
+    def __init__(self, parameters: OrderParameters, room: AgedRoom | None = None) -> None:
         self.parameters = parameters
+        self._room = room if room is not None else AgedRoom()
+        self._room.orders.append(self)
         self._num_turns = 0  # since the oldest aged task had one
         self._oldest_aged: WaitingPrefill | None = None
         self._num_lacking = 0  # KV tokens that it last found missing, ...
@@ -193,21 +205,32 @@ class PrefillOrder:
 
     def count_aside(self, task: WaitingPrefill) -> int:
         """KV tokens that must be left free when `task` begins."""
-        return 0 if task is self._oldest_aged else int(min(self._num_aside, self._num_lacking))
+        return sum(order.count_claimed() for order in self._room.orders if order._oldest_aged is not task)
+
+    def count_claimed(self) -> int:
+        """KV tokens put aside for this queue's oldest aged task."""
+        return int(min(self._num_aside, self._num_lacking))
 
     def may_be_passed(self, task: WaitingPrefill, num_lacking: int) -> bool:
         """There is no room for the `num_lacking` KV tokens of `task`: whether those behind it may begin. Served in
         order of arrival never, by deadline always."""
         if task is self._oldest_aged:
-            self._num_lacking = num_lacking
+            self._num_lacking = max(0, num_lacking)
         return self.by_deadline
 
     def note_begun(self, task: WaitingPrefill, num_tokens: int) -> None:
         """`task` has begun and takes room for so many KV tokens."""
-        if task is self._oldest_aged:
+        for order in self._room.orders:
+            if order._oldest_aged is task:
+                order._forget_room()
+            elif order._oldest_aged is not None:
+                order._num_aside += max(0, num_tokens) / order.parameters.aged_room
+
+    def forget(self, task: WaitingPrefill | None) -> None:
+        """`task` has left the queue, whatever became of it."""
+        if task is not None and task is self._oldest_aged:
+            self._oldest_aged = None
             self._forget_room()
-        elif self._oldest_aged is not None:
-            self._num_aside += num_tokens / self.parameters.aged_room
 
     def note_started(self, queue: Sequence[WaitingPrefill], index: int) -> None:
         """The task at `index` of `queue` starts: those before it have been passed over."""

@@ -30,6 +30,12 @@ class StepPredictor:
             return self.costs.prefill_s(num_history, num_new)
         return num_new / self.tokens_per_s if self.tokens_per_s > 0 else 0.0
 
+    def work_s(self, num_history: int, num_new: int) -> float:
+        """Of the worker's time, when steps are full: what queues are made of. The fixed part of a step is shared."""
+        if self.costs is not None:
+            return self.costs.work_s(num_history, num_new)
+        return self.prefill_s(num_history, num_new)
+
     def read_host_s(self, num_tokens: int) -> float:
         """Seconds to bring KV of `num_tokens` tokens back from host memory."""
         if self.costs is None:
