@@ -37,6 +37,7 @@ class SimulatedRunner:
     warm_up: float
     trace: Sequence[TraceSession]
     step_model: str = "mixed"
+    time_scale: float = 1.0  # of the emulated cluster that it is compared with: our own messages take so much less
 
     def check(self, contenders: Sequence[Contender]) -> None:
         """Raises AmpdError INVALID_REQUEST before anything is simulated."""
@@ -71,6 +72,7 @@ class SimulatedRunner:
             policy_options=contender.policy_options,
             slo=self.slo,
             step_model="pause" if self.step_model == "pause" else "mixed",
+            control_scale=1.0 / self.time_scale,
         )
 
 

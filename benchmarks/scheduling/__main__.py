@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -143,9 +144,17 @@ def describe_cell(cell: Cell) -> dict[str, Any]:
             "unknown_delay_s": workload.unknown_delay,
         },
         "kind": "simulated",
+        "commit": read_commit(),
         "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
         "search": {},
     }
+
+
+def read_commit() -> str | None:
+    """Of the code that runs, "+" when it has been changed since; None outside of a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -36,17 +36,20 @@ def main() -> int:
     args, common = parser.parse_known_args()
     compare = [sys.executable, "-m", "loadgen", "compare", args.trace, *common]
     live = [*compare, "--engine", args.engine, "--out", str(args.out / "live")]
+    simulated = [*compare, "--simulate", "--profile", args.profile, "--out", str(args.out / "simulated")]
     if args.engine == "emulated":
-        live += ["--profile", args.profile, "--time-scale", args.time_scale]
+        scale = ["--time-scale", args.time_scale]
+        live += ["--profile", args.profile, *scale]
+        simulated += scale
     else:
         live += ["--model", args.model, "--dtype", args.dtype]
-    simulated = [*compare, "--simulate", "--profile", args.profile, "--out", str(args.out / "simulated")]
     for command in (simulated, live):
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     rows = compare_runs(read_runs(args.out / "simulated"), read_runs(args.out / "live"))
     result = {
         "engine": args.engine,
         "profile": args.profile,
+        "time_scale": float(args.time_scale) if args.engine == "emulated" else None,
         "options": common,
         "rows": rows,
         "largest_difference_points": max(abs(row["difference_points"]) for row in rows),

@@ -99,9 +99,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def _introduction(contents: Sequence[Content]) -> str:
     run = contents[0]["run"]
+    commits = ", ".join(sorted({content["commit"] for content in contents if content.get("commit")}))
     return f"""# Scheduling policies, simulated
 
-Made by `{COMMAND}`; every number here is **simulated**, on 32 GPUs, with the
+Made by `{COMMAND}`, code of {commits}; every number here is **simulated**, on 32 GPUs, with the
 timing profiles named in each row
 (`shared/profiles`: H100 and H200 derived from measured kernel times, H20 a roofline)
 and real traces (`claude_code` cut to 128K tokens of context, or the model's; tool gaps capped at

@@ -25,13 +25,15 @@ class WorkerGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """`predicted_scale`: the scheduler's durations over the true ones, for what-if runs. `pauses`: the step model in
-    which a local prefill stops the batch, instead of running in mixed steps."""
+    """`predicted_scale`: the scheduler's durations over the true ones, for what-if runs. `control_scale`: of the time
+    that our own messages take, and of the heartbeats' period. `pauses`: the step model in which a local prefill stops
+    the batch, instead of running in mixed steps."""
 
     profile: Profile
     groups: tuple[WorkerGroup, ...]
     predicted_scale: float = 1.0
     bandwidth_scale: float = 1.0
+    control_scale: float = 1.0
     pauses: bool = False
     max_batch: int = 256
     kv_tokens: int | None = None  # of each worker; None: what the profile says

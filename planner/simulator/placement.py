@@ -29,6 +29,7 @@ class Placement:
         policy: SchedulingPolicy,
         slo: Slo,
         admission_factor: float,
+        control_scale: float,
     ) -> None:
         self._events = events
         self._bindings = bindings
@@ -37,6 +38,8 @@ class Placement:
         self._policy = policy
         self._slo = slo
         self._admission_factor = admission_factor
+        self._local_control_s = LOCAL_CONTROL_S * control_scale
+        self._remote_control_s = (LOCAL_CONTROL_S + REMOTE_CONTROL_S) * control_scale
 
     def place(self, round_: SimRound, now: float, *, local_only: bool = False) -> None:
         """Choose where the round is prefilled and send it there; a new session that would wait too long fails."""
@@ -60,12 +63,10 @@ class Placement:
         target.load.begin_prefill(round_.session.key, chosen.num_new_tokens, chosen.work_s, view.deadline, now)
         if decision.placement == "local":
             self._counters.local += 1
-            self._events.at(now + LOCAL_CONTROL_S, self._start_local, (round_, round_.attempt))
+            self._events.at(now + self._local_control_s, self._start_local, (round_, round_.attempt))
         else:
             self._counters.remote += 1
-            self._events.at(
-                now + LOCAL_CONTROL_S + REMOTE_CONTROL_S, self._start_remote, (round_, round_.attempt, target)
-            )
+            self._events.at(now + self._remote_control_s, self._start_remote, (round_, round_.attempt, target))
 
     def _view(self, round_: SimRound, now: float, *, local_only: bool) -> RoutingView:
         session, decode = round_.session, round_.decode

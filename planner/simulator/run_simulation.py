@@ -39,6 +39,7 @@ class SimulationSetup:
     predicted_scale: float = 1.0  # the scheduler's durations over the true ones
     gap_factor: float = 1.0  # its tool times over the true ones
     bandwidth_scale: float = 1.0
+    control_scale: float = 1.0  # of the time that our own messages take
     failures: tuple[Failure, ...] = ()
 
     def build_policy(self) -> SchedulingPolicy:
@@ -50,6 +51,7 @@ class SimulationSetup:
             groups=tuple(group for group in self.groups if group.count),
             predicted_scale=self.predicted_scale,
             bandwidth_scale=self.bandwidth_scale,
+            control_scale=self.control_scale,
             pauses=self.step_model == "pause",
         )
 
@@ -97,6 +99,7 @@ def describe_setup(setup: SimulationSetup, cluster: Cluster) -> dict[str, Any]:
         "predicted_scale": setup.predicted_scale,
         "gap_factor": setup.gap_factor,
         "bandwidth_scale": setup.bandwidth_scale,
+        "control_scale": setup.control_scale,
         "failures": [asdict(failure) for failure in setup.failures],
     }
 

@@ -78,10 +78,18 @@ class Simulation:
         self._planned_failures = failures
         self._gap_factor = gap_factor
         self._until_s = until_s
+        self._heartbeat_s = HEARTBEAT_S * cluster.control_scale
         self._bindings = Bindings(self.workers, policy)
         self._book = RoundBook(self._bindings, slo, len(self._sessions), max_missed)
         self._placement = Placement(
-            self.events, self._bindings, self._book, self.counters, policy, slo, admission_factor
+            self.events,
+            self._bindings,
+            self._book,
+            self.counters,
+            policy,
+            slo,
+            admission_factor,
+            cluster.control_scale,
         )
         self._failures = Failures(
             self.events, self.workers, self._sessions, self._bindings, self._placement, self.counters
@@ -121,7 +129,7 @@ class Simulation:
             worker.load.ttft = WindowStats(count=count, mean=mean)
             mean, count = worker.batch.itl.mean(now)
             worker.load.itl = WindowStats(count=count, mean=mean)
-        self.events.at(now + HEARTBEAT_S, self._heartbeat, None)
+        self.events.at(now + self._heartbeat_s, self._heartbeat, None)
 
     # -------------------------------------------------------------------------------- sessions
 

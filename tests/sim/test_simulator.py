@@ -290,6 +290,16 @@ def test_a_remote_round_adds_control_and_what_its_transfer_could_not_hide() -> N
     assert sim.counters.remote == 1
 
 
+def test_control_can_be_scaled_as_on_an_emulated_cluster_whose_time_is_stretched() -> None:
+    ttfts = [
+        simulate(cluster(prefill=1, decode=1, control_scale=scale), "remote", [session(0, 0.0, (3_000, 2))])[0]
+        .rounds[0]
+        .ttft_s
+        for scale in (1.0, 0.125)
+    ]
+    assert ttfts[0] - ttfts[1] == pytest.approx(0.875 * (LOCAL_CONTROL_S + REMOTE_CONTROL_S))
+
+
 def test_two_sequences_decode_in_one_batch() -> None:
     """The second arrives while the first decodes, and joins it."""
     result, _ = simulate(cluster(both=1), "colocated", [session(0, 0.0, (1_000, 1_001)), session(1, 1.0, (1_000, 101))])
