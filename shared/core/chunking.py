@@ -13,7 +13,7 @@ from typing import Literal
 from shared.core.step_costs import StepCosts
 
 ChunkName = Literal["fixed", "slack"]
-MAX_STAGED_PREFILLS = 4  # for other workers: off the queue, their history on its way or here; they fill the next step
+MAX_STAGED_PREFILLS = 16  # for other workers: off the queue, their history on its way or here; they fill the next step
 QUANTUM = 16  # tokens: chunks are multiples of a KV block, so that few distinct step shapes arise
 
 
