@@ -99,7 +99,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def _introduction(contents: Sequence[Content]) -> str:
     run = contents[0]["run"]
-    commits = ", ".join(sorted({content["commit"] for content in contents if content.get("commit")}))
+    commits = "; ".join(sorted({content["commit"] for content in contents if content.get("commit")}))
     return f"""# Scheduling policies, simulated
 
 Made by `{COMMAND}`, code of {commits}; every number here is **simulated**, on 32 GPUs, with the
