@@ -90,7 +90,8 @@ class SimCluster:
         self.published_failures: list[tuple[SessionKey, RoundFailed]] = []
         self.event_log: list[tuple[float, Event, list[Command]]] = []
         self.coordinator: Coordinator | None = None
-        self.num_mismatches = 0  # kept KV that was not what the coordinator believed
+        self.num_mismatches = 0  # kept KV that was not what the coordinator believed ...
+        self.num_behind = 0  # ... and that was more, of which it had not heard
         self.num_moved_tokens = 0  # whose KV came along with a session
         self.num_failed_moves = 0  # pulls of it
         self._life = 0  # of the coordinator: what an earlier life still had under way is lost

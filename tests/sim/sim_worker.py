@@ -440,7 +440,10 @@ class SimWorker:
         held, wanted = self.resident.get(key), task.resident
         num_reused = wanted.num_tokens if held is not None and wanted is not None and held.matches(wanted) else 0
         if held is not None and wanted is not None and num_reused == 0:
-            self.cluster.num_mismatches += 1
+            if held.base > wanted.num_tokens:  # a staging ended whose word had not come: a part of it cannot be told
+                self.cluster.num_behind += 1
+            else:
+                self.cluster.num_mismatches += 1
         if task.keep:
             tokens = unpack_token_ids(task.token_ids)
             self.resident[key] = SimResident(task.num_cached_tokens, task.prefix_checksum, tokens)

@@ -49,8 +49,8 @@ def test_without_faults_every_round_finishes_in_its_first_attempt(policy: str, n
             assert planned.outcome.finished.attempt == 1
             assert len(planned.stream_terminals) == 1
     placements = {observed.usage.prefill for observed in cluster.observed}
-    if not POLICIES[policy].stages:  # a round may begin between the end of a staging and the word of it
-        assert cluster.num_mismatches == 0, "kept KV is what the coordinator believes"
+    assert cluster.num_mismatches == 0, "kept KV is what the coordinator believes"
+    assert cluster.num_behind == 0 or POLICIES[policy].stages, "only a staging can end unheard of"
     if num_prefill == 0 or policy in ("colocated", "continuum"):
         assert placements == {"local"}
     elif policy == "remote":
