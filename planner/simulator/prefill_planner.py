@@ -59,7 +59,7 @@ class PrefillPlanner:
     def clear(self) -> None:
         """The worker has died."""
         self._forced = None
-        self.room.orders.clear()
+        self.room = AgedRoom()
         self._order = PrefillOrder(self._policy.order, self.room)
 
     # -------------------------------------------------------------------------------- admission

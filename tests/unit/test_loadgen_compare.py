@@ -346,6 +346,27 @@ def test_a_live_run_is_stretched_by_the_time_scale(trace: Path, tmp_path: Path) 
     assert (replay.out, replay.sessions) == (tmp_path, None)
 
 
+@pytest.mark.parametrize(("time_scale", "control_scale"), [("1", 1.0), ("8", 0.125)])
+def test_a_simulation_is_told_of_the_time_scale_of_what_it_is_compared_with(
+    trace: Path, tmp_path: Path, time_scale: str, control_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planner.simulator import run_simulation
+
+    setups: list[Any] = []
+    simulate_plan = run_simulation.simulate_plan
+
+    def watch(setup: Any, *arguments: Any) -> Any:
+        setups.append(setup)
+        return simulate_plan(setup, *arguments)
+
+    monkeypatch.setattr(run_simulation, "simulate_plan", watch)
+    flags = ["--simulate", "--profile", "h100-qwen3-32b", "--policies", "remote", "--rates", "4", "--sessions", "3"]
+    flags += ["--prefill", "1", "--decode", "1", "--parallel-degree", "2", "--time-scale", time_scale]
+    arguments = build_parser().parse_args(["compare", str(trace), *flags, "--out", str(tmp_path)])
+    assert arguments.run(arguments) == 0
+    assert [setup.control_scale for setup in setups] == [control_scale]
+
+
 def test_a_stretched_plan_is_the_plan_times_the_scale(trace: Path) -> None:
     workload = Workload(file=str(trace), rate=4.0, seed=3, sessions=30, max_delay=2.0)
     chosen = choose_workload(list(read_trace(trace)), workload)
