@@ -543,6 +543,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     decode_step_s: float
     kv_bytes_per_s: float
     draining: bool
+    prefill_scale: float = 0.0  # measured over the profile's durations, of steps that prefill; 0: no profile
+    decode_scale: float = 0.0  # of steps that only decode
     parallel_degree: int = 1
     profile: str = ""  # name of the timing profile that the worker runs or was measured with; empty: none
     node: str = ""  # workers of one node exchange KV over its fast links

@@ -111,16 +111,8 @@ class Placement:
     # ------------------------------------------------------------------- what workers tell of it
 
     def note_prefilled(self, round_: SimRound, worker: SimWorker, now: float) -> None:
-        """A worker's prefill is computed: what the scheduler learns from it."""
+        """A worker's prefill is computed."""
         worker.load.end_prefill(round_.session.key, now)
-        if (
-            self._policy.corrects
-            and round_.decision is not None
-            and round_.started_at >= 0.0
-            and worker.batch.size == 0
-        ):
-            predicted_s = worker.load.costs.prefill_s(round_.num_cached, round_.decision.chosen.num_new_tokens)
-            worker.load.observe_prefill(predicted_s, now - round_.started_at)
         if worker is round_.decode:
             self.note_decoding(round_)
 

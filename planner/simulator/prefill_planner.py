@@ -10,7 +10,7 @@ from planner.simulator.history_fetcher import HistoryFetcher
 from planner.simulator.kv_memory import KvMemory
 from planner.simulator.preemption import Preemption
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
-from shared.core.chunking import budget_prefill_tokens, fit_chunks, measure_stretch
+from shared.core.chunking import budget_prefill_tokens, fit_chunks, predict_stretch
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import AgedRoom, PrefillOrder
 from shared.core.step_costs import StepCosts
@@ -71,7 +71,7 @@ class PrefillPlanner:
         waiting = [prefill.waiting for prefill in queue.waiting]
         reserved = queue.count_reserved(self._batch.size)
         ready: list[SimPrefill] = []
-        order = self._order.order(waiting, now, self.measure_stretch(queue.waiting[0]))
+        order = self._order.order(waiting, now, self.measure_stretch())
         for place, index in enumerate(order):
             prefill = queue.waiting[index]
             if prefill.is_fetching:
@@ -164,6 +164,7 @@ class PrefillPlanner:
             batch=0 if self._pauses else batch.size,
             mean_context=batch.mean_context,
             itl_slo_s=self._itl_slo_s,
+            time_left_s=[prefill.waiting.ttft_deadline - now for prefill in ready],
         )
         chunks: list[Chunk] = []
         num_tokens = batch.size
@@ -198,10 +199,15 @@ class PrefillPlanner:
         """It runs out of order, for one step."""
         return self._order.is_oldest_aged(prefill.waiting) and len(self._queue.waiting) > 1
 
-    def measure_stretch(self, prefill: SimPrefill) -> float:
+    def measure_stretch(self) -> float:
         """How much longer prefills take beside the batch than alone."""
         batch = self._batch
         if not batch.size or self._pauses or not self._order.by_deadline:
             return 1.0
-        history = prefill.kv.num_tokens
-        return measure_stretch(self._costs, self._choose_budget(history), history, batch.size, batch.mean_context)
+        return predict_stretch(
+            self._policy.chunk,
+            self._costs,
+            batch=batch.size,
+            mean_context=batch.mean_context,
+            itl_slo_s=self._itl_slo_s,
+        )

@@ -62,7 +62,7 @@ class RemotePrefills:
         """The first in order that there is room for."""
         order = self._order
         waiting = [prefill.waiting for prefill in self.unstaged]
-        for index in order.order(waiting, now, self._planner.measure_stretch(self.unstaged[0])):
+        for index in order.order(waiting, now, self._planner.measure_stretch()):
             prefill = self.unstaged[index]
             missing = prefill.num_missing
             needed = missing + order.count_aside(prefill.waiting)

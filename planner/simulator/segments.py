@@ -14,6 +14,7 @@ from planner.simulator.event_heap import EventHeap
 from planner.simulator.prefill_planner import Chunk, PrefillPlanner
 from planner.simulator.prefill_queue import SimPrefill
 from shared.core.policies import SchedulingPolicy
+from shared.core.step_prediction import correct
 
 if TYPE_CHECKING:
     from planner.simulator.worker import SimWorker
@@ -47,6 +48,7 @@ class Segments:
         self._planner = planner
         self._events = events
         self._pauses = pauses
+        self._corrects = policy.corrects
         self._prefills_take_turns = pauses and policy.chunk.chunk == "slack"
         self._num_ends = 0  # of segments, as planned: only the last counts
 
@@ -119,6 +121,8 @@ class Segments:
             (prefill.kv.num_tokens + chunk * (num_steps - 1) // 2, chunk) for prefill, chunk in chunks
         ]  # the history before the chunk, in the middle step
         step_s = self._worker.costs.step_s(num_decoding, mean_context, parts)
+        if self._corrects:
+            self._correct(num_decoding, mean_context, parts, step_s, num_steps)
         for prefill, chunk in chunks:
             self._memory.grow(prefill.kv, chunk * num_steps)
             if prefill.round.started_at < 0.0:
@@ -126,6 +130,19 @@ class Segments:
         self._memory.num_used += num_decoding * num_steps
         self.running = Segment(now, step_s, num_steps, num_decoding > 0, chunks)
         self._plan_end(self.running)
+
+    def _correct(
+        self, batch: int, mean_context: float, parts: list[tuple[int, int]], step_s: float, num_steps: int
+    ) -> None:
+        """The scheduler hears how long the steps take against what it believes."""
+        load = self._worker.load
+        if load.costs.scale == self._worker.costs.scale:  # the same profile: nothing to hear
+            return
+        predicted_s = load.costs.step_s(batch, mean_context, parts)
+        if parts:
+            load.prefill_correction = correct(load.prefill_correction, predicted_s, step_s, num_steps)
+        else:
+            load.decode_correction = correct(load.decode_correction, predicted_s, step_s, num_steps)
 
     # -------------------------------------------------------------------------------------- end
 

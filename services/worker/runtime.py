@@ -228,6 +228,8 @@ class WorkerRuntime:
             decode_step_s=context.engine.decode_step_s,
             kv_bytes_per_s=context.kv_bytes_per_s,
             draining=context.draining,
+            prefill_scale=scheduler.predictor.prefill_scale,
+            decode_scale=scheduler.predictor.decode_scale,
             parallel_degree=context.parallel_degree,
             profile=context.profile,
             node=context.node,

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Protocol
 
-from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks, measure_stretch
+from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks, predict_stretch
 from shared.core.kv_blocks import BlockAllocator
 from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder
 from shared.core.retention import IdleKv, RetentionName, choose_victim
@@ -270,7 +271,7 @@ class Scheduler:
         # making room for an older sequence may have preempted one chosen before: its KV is gone
         planned = [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size
                    >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
-        planned = self._keep_slack(planned)
+        planned = self._fit(planned, now)
         self._note_started(planned, waiting, now)
         computed = {id(item.sequence) for item in planned}
         first = next((sequence for sequence in prefills if id(sequence) in computed), None)
@@ -290,16 +291,20 @@ class Scheduler:
         decoding = [s for s in self._ready() if s.kv.num_missing == 1 and s.preemptible]
         if costs is None or not decoding or not self.order.by_deadline:
             return 1.0
-        mean_context = sum(s.kv.num_tokens for s in decoding) / len(decoding)
-        budget = self._budget_beside(decoding, 0)
-        return measure_stretch(costs, budget, 0, len(decoding), mean_context)
+        return predict_stretch(
+            self.chunk,
+            costs,
+            batch=len(decoding),
+            mean_context=sum(s.kv.num_tokens for s in decoding) / len(decoding),
+            itl_slo_s=self._tightest_itl_slo_s(decoding),
+        )
 
-    def _keep_slack(self, planned: list[PlannedItem]) -> list[PlannedItem]:
-        """The step as a whole keeps to the batch's slack: what its prefills take together, the last gives way."""
-        decoding = [item.sequence for item in planned if item.num_tokens == 1 and item.sequence.preemptible]
+    def _fit(self, planned: list[PlannedItem], now: float) -> list[PlannedItem]:
+        """The step as a whole keeps to the batch's slack, and to its prefills' deadlines: the last of them give way."""
         prefills = [item for item in planned if item.num_tokens > 1]
-        if len(prefills) < 2 or not decoding:
+        if len(prefills) < 2:
             return planned
+        decoding = [item.sequence for item in planned if item.num_tokens == 1 and item.sequence.preemptible]
         batch = len(decoding)
         chunks = fit_chunks(
             self.chunk,
@@ -307,8 +312,9 @@ class Scheduler:
             [(item.sequence.kv.num_kv, item.num_tokens) for item in prefills],
             sum(item.num_tokens for item in prefills),
             batch=batch,
-            mean_context=sum(s.kv.num_tokens for s in decoding) / batch,
-            itl_slo_s=min(MAX_ITL_SLO_S, max(0.0, min(s.itl_slo_s for s in decoding))),
+            mean_context=sum(s.kv.num_tokens for s in decoding) / batch if batch else 0.0,
+            itl_slo_s=self._tightest_itl_slo_s(decoding),
+            time_left_s=[item.sequence.as_waiting().ttft_deadline - now if item.samples else inf for item in prefills],
         )
         kept = [item for item in planned if item.num_tokens == 1]
         for item, chunk in zip(prefills, chunks, strict=False):
@@ -324,15 +330,18 @@ class Scheduler:
 
     def _budget_beside(self, decoding: list[Sequence], num_history: int) -> int:
         batch = len(decoding)
-        itl_slo_s = min((s.itl_slo_s for s in decoding), default=MAX_ITL_SLO_S)
         return budget_prefill_tokens(
             self.chunk,
             self.predictor.costs,
             batch=batch,
             mean_context=sum(s.kv.num_tokens for s in decoding) / batch if batch else 0.0,
-            itl_slo_s=min(MAX_ITL_SLO_S, max(0.0, itl_slo_s)),
+            itl_slo_s=self._tightest_itl_slo_s(decoding),
             num_history=num_history,
         )
+
+    @staticmethod
+    def _tightest_itl_slo_s(decoding: list[Sequence]) -> float:
+        return min(MAX_ITL_SLO_S, max(0.0, min((s.itl_slo_s for s in decoding), default=MAX_ITL_SLO_S)))
 
     def _admit(self, sequence: Sequence, behind: Callable[[], Iterator[Sequence]], now: float) -> bool:
         """Whether a prefill may go on: it begins only with room to its end beside those that have begun. Half-computed

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.core.step_costs import StepCosts
+from shared.core.step_costs import StepCost, StepCosts
 
 ChunkName = Literal["fixed", "slack"]
 MAX_STAGED_PREFILLS = 16  # for other workers: off the queue, their history on its way or here; they fill the next step
@@ -24,6 +24,7 @@ class ChunkParameters:
     min_chunk_tokens: int = 64  # slack: a prefill always goes on, were it slowly
     max_prefill_tokens: int = 8_192  # of a step that decodes nothing, and the most that slack may choose
     itl_share: float = 0.9  # slack: of the ITL objective that a step may take; the rest is for what is not predicted
+    keeps_on_time: bool = False  # prefills share a step only while that makes none of them late
 
 
 def budget_prefill_tokens(
@@ -56,10 +57,19 @@ def may_stage(
     return num_staged < 2 or (num_staged < max_staged and num_tokens < 2 * parameters.max_prefill_tokens)
 
 
-def measure_stretch(costs: StepCosts, budget_tokens: int, num_history: int, batch: int, mean_context: float) -> float:
-    """How much longer prefills take in steps of `budget_tokens` beside `batch` decodes than alone at the best rate."""
-    step_s = costs.step_s(batch, mean_context, ((num_history, budget_tokens),))
-    return max(1.0, step_s / costs.work_s(num_history, budget_tokens))
+def predict_stretch(
+    parameters: ChunkParameters, costs: StepCosts, *, batch: int, mean_context: float, itl_slo_s: float
+) -> float:
+    """How much longer a queue of prefills takes in steps beside `batch` decodes than its work alone (see `work_s`): the
+    time of a full step over the work of the tokens that fill it."""
+    if batch == 0:
+        return 1.0
+    num_tokens = parameters.chunk_tokens
+    if parameters.chunk == "slack":
+        num_tokens = costs.count_fitting_tokens(batch, mean_context, parameters.itl_share * itl_slo_s)
+        num_tokens = max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, num_tokens))
+    step_s = costs.step_s(batch, mean_context, ((0, num_tokens),))
+    return max(1.0, step_s / costs.work_s(0, num_tokens))
 
 
 def fit_chunks(
@@ -71,15 +81,33 @@ def fit_chunks(
     batch: int,
     mean_context: float,
     itl_slo_s: float,
+    time_left_s: Sequence[float],
 ) -> list[int]:
-    """Tokens for each of `prefills` (history, missing), in order, within `budget_tokens`.
+    """Tokens for each of `prefills` (history, missing), in order, within `budget_tokens`. time_left_s: until the first
+    token of each is due.
 
     With slack the step as a whole keeps to its share of the ITL objective: the attention of every further prefill takes
     time that the first one's budget does not know of, so the last chunks give way.
     """
     chunks = split_budget([missing for _, missing in prefills], budget_tokens)
-    if parameters.chunk == "fixed" or costs is None or batch == 0:
+    if costs is None:
         return chunks
+    if parameters.chunk == "slack" and batch:
+        _fit_slack(parameters, costs, prefills, chunks, batch, mean_context, itl_slo_s)
+    if parameters.keeps_on_time and len(chunks) > 1:
+        _keep_on_time(costs, prefills, chunks, batch, mean_context, time_left_s)
+    return chunks
+
+
+def _fit_slack(
+    parameters: ChunkParameters,
+    costs: StepCosts,
+    prefills: Sequence[tuple[int, int]],
+    chunks: list[int],
+    batch: int,
+    mean_context: float,
+    itl_slo_s: float,
+) -> None:
     limit_s = parameters.itl_share * itl_slo_s
     while len(chunks) > 1:
         parts = [(history, chunk) for (history, _), chunk in zip(prefills, chunks, strict=False)]
@@ -89,7 +117,29 @@ def fit_chunks(
             chunks[-1] //= 2
         else:
             chunks.pop()
-    return chunks
+
+
+def _keep_on_time(
+    costs: StepCosts,
+    prefills: Sequence[tuple[int, int]],
+    chunks: list[int],
+    batch: int,
+    mean_context: float,
+    time_left_s: Sequence[float],
+) -> None:
+    """Cut the step before the first prefill whose company would make one before it late: every prefill of a step has
+    its first token at the step's end. One that is late in a step that ends with it stops nobody, nor does one that the
+    step does not complete."""
+    latest_s = float("inf")
+    step = StepCost(costs, batch, mean_context)
+    for place, chunk in enumerate(chunks):
+        history, missing = prefills[place]
+        ends_s = step.add(history, chunk)
+        if ends_s > latest_s:
+            del chunks[place:]
+            return
+        if chunk == missing and ends_s <= time_left_s[place] < latest_s:
+            latest_s = time_left_s[place]
 
 
 def split_budget(missing: Sequence[int], budget_tokens: int) -> list[int]:

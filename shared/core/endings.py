@@ -72,8 +72,6 @@ def finish_round(
     """The round succeeded: its tokens join the history. The worker has published `finished`."""
     running = session.in_flight
     assert running is not None
-    if usage is not None:
-        _learn_from_local(state, running, usage)
     end_move(state, session, running)
     pending = _append_end(state, session, output, finish_reason, usage, None)
     binding = session.binding
@@ -84,16 +82,6 @@ def finish_round(
     _settle_ended(state, session, running, pending, was_cancelled=False)
     begin_staging(state, session)
     return pending
-
-
-def _learn_from_local(state: State, running: RoundInFlight, usage: Usage) -> None:
-    """What a local prefill took, against what was predicted for the batch that it ran beside."""
-    worker = state.fleet.find(running.decode)
-    if worker is None or not state.config.scheduling.corrects or usage.prefill != "local" or usage.num_preemptions:
-        return
-    num_new = usage.num_history_tokens + usage.num_input_tokens + count_tokens(running.forced) - usage.num_cached_tokens
-    if num_new == running.num_prefill_tokens:
-        worker.load.observe_prefill(running.predicted_prefill_s, usage.prefill_s)
 
 
 def finish_from_stream(state: State, session: Session) -> None:

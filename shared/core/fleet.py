@@ -67,9 +67,9 @@ class WorkerState:
         return self.alive and not self.heartbeat.draining and now >= self.suspect_until
 
     def take_heartbeat(self, heartbeat: Heartbeat, *, corrects: bool) -> None:
-        """A newer heartbeat of the same process: its windows, role and rates, and, with `corrects`, how long its decode
-        steps take against what was predicted for the batch that it has now."""
-        before, load = self.heartbeat, self.load
+        """A newer heartbeat of the same process: its windows, role and rates, and, with `corrects`, how long its steps
+        take against its profile."""
+        load = self.load
         self.heartbeat = heartbeat
         load.role = heartbeat.role
         load.ttft, load.itl = heartbeat.ttft, heartbeat.itl
@@ -77,10 +77,10 @@ class WorkerState:
         load.node = number_node(heartbeat)
         if self.costs.follow(heartbeat):
             load.costs = self.costs.costs
-            load.prefill_correction = load.decode_correction = 1.0  # what they corrected has gone
-        elif corrects and load.decoding and heartbeat.decode_step_s != before.decode_step_s:
-            predicted_s = load.costs.decode_step_s(len(load.decoding), load.mean_context)
-            load.observe_decode_step(predicted_s, heartbeat.decode_step_s)
+        if corrects and self.costs.are_of_profile:  # the others follow its rates
+            scale = self.costs.costs.scale
+            load.prefill_correction = heartbeat.prefill_scale / scale if heartbeat.prefill_scale > 0.0 else 1.0
+            load.decode_correction = heartbeat.decode_scale / scale if heartbeat.decode_scale > 0.0 else 1.0
 
 
 def count_kv_tokens(heartbeat: Heartbeat) -> int:

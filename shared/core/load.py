@@ -9,13 +9,12 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from shared.core.chunking import ChunkParameters, predict_stretch
 from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
 from shared.messages import Role, WindowStats
 
 MAX_LATE_WORK_S = 30.0  # a prefill due later than this from now is not late, whatever it takes
-CORRECTION_WEIGHT = 0.1  # of the newest measurement in a running correction
-CORRECTION_RANGE = (0.2, 5.0)
 _EMPTY_WINDOW = WindowStats()
 _DEADLINE = attrgetter("deadline")
 
@@ -53,11 +52,16 @@ class WorkerLoad:
     active: dict[SessionKey, int] = field(default_factory=dict)  # KV that each round in flight needs where it decodes
     num_active_tokens: int = 0
     num_sessions: int = 0
-    prefill_correction: float = 1.0  # measured / predicted, a running mean
-    decode_correction: float = 1.0
+    prefill_correction: float = 1.0  # measured / predicted of the steps that prefill, a running mean
+    decode_correction: float = 1.0  # of those that only decode
     # the last question to decode_step_s and its answer: binding asks every worker, and few have changed
     _step_asked: tuple[int, int, int, float, float, StepCosts] | None = field(default=None, init=False, repr=False)
     _step_s: float = field(default=0.0, init=False, repr=False)
+    # the last question to stretch and its answer
+    _stretch_asked: tuple[int, int, float, float, StepCosts, ChunkParameters] | None = field(
+        default=None, init=False, repr=False
+    )
+    _stretch: float = field(default=1.0, init=False, repr=False)
     # the last question to wait_before_s and its answer: a decision asks twice
     _waited: tuple[float, float, float, float, float] | None = field(default=None, init=False, repr=False)
 
@@ -117,6 +121,19 @@ class WorkerLoad:
             self._step_s = self.decode_correction * costs.decode_step_s(batch, self.mean_context)
             self._step_asked = asked
         return self._step_s
+
+    def stretch(self, chunk: ChunkParameters, itl_slo_s: float) -> float:
+        """How much longer the queue here takes beside the decodes than its work alone."""
+        if not self.decoding:
+            return 1.0
+        costs = self.costs
+        asked = (len(self.decoding), self.num_context_tokens, itl_slo_s, costs.scale, costs, chunk)
+        if asked != self._stretch_asked:
+            self._stretch = predict_stretch(
+                chunk, costs, batch=len(self.decoding), mean_context=self.mean_context, itl_slo_s=itl_slo_s
+            )
+            self._stretch_asked = asked
+        return self._stretch
 
     def wait_s(self, now: float) -> float:
         """Work ahead of a prefill that joins at the end."""
@@ -196,13 +213,6 @@ class WorkerLoad:
     def end_decoding(self, key: SessionKey) -> None:
         self.num_context_tokens -= self.decoding.pop(key, 0)
 
-    def observe_prefill(self, predicted_s: float, measured_s: float) -> None:
-        """A prefill that was predicted (uncorrected) to take `predicted_s` took `measured_s`."""
-        self.prefill_correction = _blend(self.prefill_correction, predicted_s, measured_s)
-
-    def observe_decode_step(self, predicted_s: float, measured_s: float) -> None:
-        self.decode_correction = _blend(self.decode_correction, predicted_s, measured_s)
-
 
 def transfer_s(source: WorkerLoad, destination: WorkerLoad, num_tokens: int) -> float:
     """T_kv: bytes over the slower end's link, and the latency; 0 for no tokens."""
@@ -214,11 +224,3 @@ def transfer_s(source: WorkerLoad, destination: WorkerLoad, num_tokens: int) -> 
     else:
         rate = min(a.link_bytes_per_s, b.link_bytes_per_s)
     return a.latency_s + num_tokens * a.kv_bytes_per_token / rate
-
-
-def _blend(correction: float, predicted_s: float, measured_s: float) -> float:
-    if predicted_s <= 0.0 or measured_s <= 0.0:
-        return correction
-    low, high = CORRECTION_RANGE
-    ratio = min(high, max(low, measured_s / predicted_s))
-    return correction + CORRECTION_WEIGHT * (ratio - correction)

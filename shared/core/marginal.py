@@ -2,9 +2,9 @@
 
 Counted are this round and those it would disturb. On a queue that serves on-time rounds first (Moore-Hodgson), one
 more prefill changes the number of on-time rounds by 1 or 0: it gains one if it fits before its deadline without
-pushing a later one past its own. On the decode worker the chunks are sized to the batch's ITL slack, so a local prefill
-costs the batch nothing it has no time for; where no chunk fits, it does. Predictions are uncertain: a margin counts by
-the probability that it holds.
+pushing a later one past its own. Where others decode, chunks are sized to the batch's ITL slack, and cost it nothing
+that it has no time for, until it has hardly any: slower tokens keep more sequences in the batch, which then outgrows
+its objective, and all miss it. Predictions are uncertain: a margin counts by the probability that it holds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from shared.core.routing import (
 
 NUM_LEAST_LOADED = 2  # prefill workers looked at closely, beside those that have kept KV of the session
 NUM_HOLDERS = 2
+CROWD_SPREAD = 0.05  # of the ITL objective: how sharply a batch turns crowded
 NO_ROOM = 0.3  # a round that does not fit beside those in flight is probably late
 MOVE_BELOW = 0.8  # rounds on time: a session moves only when it would probably be late where it is
 ON_TIME_IS_ALIKE = 0.02  # rounds: options this close are told apart by what they cost
@@ -105,6 +106,9 @@ def _judge(
     busy_s = estimate.work_s * estimate.stretch
     if slack_s < busy_s * 4:
         disturbed = on_time * _probability((busy_s - slack_s) / (parameters.uncertainty * busy_s))
+    if load.decoding:
+        crowded = (load.decode_step_s(1) / view.slo.itl_s - parameters.crowd_share) / CROWD_SPREAD
+        disturbed += parameters.crowd_price * _probability(crowded)
     return OptionEstimate(
         placement=estimate.placement,
         worker_id=estimate.worker_id,

@@ -127,6 +127,10 @@ class WorkerCosts:
         rates = MeasuredRates.of(heartbeat)
         return cls(_build(rates, heartbeat), rates)
 
+    @property
+    def are_of_profile(self) -> bool:
+        return self.rates is None
+
     def follow(self, heartbeat: Heartbeat) -> bool:
         """Take newer rates in; whether the costs were built anew."""
         if self.rates is None:

@@ -10,7 +10,7 @@ import msgspec
 from shared.core.fleet import WorkerState, choose_decode_worker, fits
 from shared.core.load import WorkerLoad
 from shared.core.residency import find_held, list_resident
-from shared.core.routing import RoutingDecision, RoutingView, predict_mixed_prefill, route_colocated
+from shared.core.routing import RoutingDecision, RoutingView, route_colocated
 from shared.core.session import Move, Session
 from shared.core.state import State, needed_growth
 from shared.messages import Slo
@@ -168,13 +168,10 @@ def occupy_workers(state: State, session: Session, placement: Placement) -> None
 
 
 def count_prefill(state: State, session: Session, worker: WorkerState, *, num_total: int, num_new: int) -> None:
-    """The last `num_new` of `num_total` tokens are to be computed at `worker`: its share of the worker's time, and what
-    it should take there, to be compared with what it takes."""
+    """The last `num_new` of `num_total` tokens are to be computed at `worker`: its share of the worker's time."""
     running = session.in_flight
     assert running is not None
     load, slo, num_history = worker.load, running.started.slo, num_total - num_new
-    predicted_s, _ = predict_mixed_prefill(load, state.config.scheduling.routing, num_history, num_new, slo.itl_s)
     running.num_prefill_tokens = num_new
-    running.predicted_prefill_s = predicted_s / load.prefill_correction
     deadline = running.received_at + slo.ttft_s
     load.begin_prefill(session.key, num_new, load.work_s(num_history, num_new), deadline, state.now)

@@ -101,7 +101,6 @@ def _ask_worker(state: State, session: Session, ref: WorkerRef) -> None:
     target = worker if running.prefill is None else state.fleet.workers[running.prefill.worker_id]
     num_total = count_prompt(session, running)
     count_prefill(state, session, target, num_total=num_total, num_new=num_total - session.num_tokens)
-    running.predicted_prefill_s = 0.0  # it may have run already
     state.update_promise(session)
     running.not_before = running.deadline_at
     command_decode_worker(state, session)

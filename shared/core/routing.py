@@ -39,6 +39,8 @@ class RoutingParameters:
     by_deadline: bool = False  # queues are served on-time rounds first (moore_hodgson), else first come first served
     uncertainty: float = 0.15  # adaptive: standard deviation of a prediction, relative
     congestion_price: float = 0.1  # adaptive: rounds, for work and backlog of one TTFT objective each
+    crowd_price: float = 0.5  # adaptive: rounds, for a prefill beside a batch that leaves no slack
+    crowd_share: float = 0.75  # adaptive: of the ITL objective, the decode step from which a batch is crowded
     detour_cost: float = 0.02  # adaptive: rounds that a remote prefill must be better by, where others decode
 
 
@@ -83,7 +85,7 @@ class OptionEstimate(msgspec.Struct, frozen=True, kw_only=True):
     transfer_s: float  # not hidden behind the queue
     prefill_s: float
     work_s: float  # what it costs the worker
-    stretch: float = 1.0  # how much longer that takes beside its decodes
+    stretch: float = 1.0  # how much longer its queue takes beside its decodes
     on_time: float = 1.0  # probability that the round's TTFT is met
     disturbed: float = 0.0  # expected number of other rounds that it makes miss theirs
 
@@ -131,8 +133,9 @@ def _estimate_at(
     view: RoutingView, parameters: RoutingParameters, load: WorkerLoad, fetch_s: float, num_moved: int
 ) -> OptionEstimate:
     history = view.num_total_tokens - view.num_new_tokens
-    prefill_s, inflation = predict_mixed_prefill(load, parameters, history, view.num_new_tokens, view.slo.itl_s)
-    wait_s = _wait_s(load, view, parameters, prefill_s, inflation)
+    prefill_s = predict_mixed_prefill(load, parameters, history, view.num_new_tokens, view.slo.itl_s)
+    stretch = load.stretch(parameters.chunk, view.slo.itl_s)
+    wait_s = _wait_s(load, view, parameters, prefill_s, stretch)
     return OptionEstimate(
         placement="local",
         worker_id=load.worker_id,
@@ -143,7 +146,7 @@ def _estimate_at(
         transfer_s=max(0.0, fetch_s - wait_s),
         prefill_s=prefill_s,
         work_s=load.work_s(history, view.num_new_tokens),
-        stretch=inflation,
+        stretch=stretch,
     )
 
 
@@ -160,8 +163,9 @@ def estimate_remote(view: RoutingView, load: WorkerLoad, parameters: RoutingPara
     pull_s = transfer_s(decode, load, history - kept)
     num_back = total - view.num_cached_tokens
     back_s = transfer_s(load, decode, num_back)
-    prefill_s, inflation = predict_mixed_prefill(load, parameters, history, num_new, view.slo.itl_s)
-    wait_s = _wait_s(load, view, parameters, prefill_s, inflation)
+    prefill_s = predict_mixed_prefill(load, parameters, history, num_new, view.slo.itl_s)
+    stretch = load.stretch(parameters.chunk, view.slo.itl_s)
+    wait_s = _wait_s(load, view, parameters, prefill_s, stretch)
     return OptionEstimate(
         placement="remote",
         worker_id=load.worker_id,
@@ -172,18 +176,17 @@ def estimate_remote(view: RoutingView, load: WorkerLoad, parameters: RoutingPara
         transfer_s=max(0.0, pull_s - wait_s) + max(load.costs.latency_s, back_s - prefill_s),
         prefill_s=prefill_s,
         work_s=load.work_s(history, num_new),
-        stretch=inflation,
+        stretch=stretch,
     )
 
 
 def predict_mixed_prefill(
     load: WorkerLoad, parameters: RoutingParameters, num_history: int, num_new: int, itl_slo_s: float
-) -> tuple[float, float]:
-    """(seconds until `num_new` tokens are computed beside the worker's decodes, that over computing them alone)."""
-    alone_s = load.prefill_s(num_history, num_new)
+) -> float:
+    """Seconds until `num_new` tokens are computed beside the worker's decodes."""
     batch = len(load.decoding)
     if batch == 0 or num_new <= 0:
-        return alone_s, 1.0
+        return load.prefill_s(num_history, num_new)
     chunk, context = parameters.chunk, load.mean_context
     if chunk.chunk == "slack":
         mixed_s = _predict_slack(load, chunk, context, num_history, num_new, itl_slo_s)
@@ -191,8 +194,7 @@ def predict_mixed_prefill(
         num_steps = -(-num_new // chunk.chunk_tokens)
         step = (num_history + num_new // 2, num_new // num_steps)
         mixed_s = num_steps * load.costs.step_s(batch, context, (step,))
-    mixed_s *= load.prefill_correction
-    return mixed_s, max(1.0, mixed_s / alone_s) if alone_s > 0 else 1.0
+    return load.prefill_correction * mixed_s
 
 
 def _predict_slack(
@@ -215,14 +217,14 @@ def _predict_slack(
 
 
 def _wait_s(
-    load: WorkerLoad, view: RoutingView, parameters: RoutingParameters, prefill_s: float, inflation: float
+    load: WorkerLoad, view: RoutingView, parameters: RoutingParameters, prefill_s: float, stretch: float
 ) -> float:
     """Served by deadline, only who is due earlier goes first; but a round that is late anyway waits for all."""
     if parameters.by_deadline:
-        before_s = load.wait_before_s(view.deadline, view.now, inflation)[0]
+        before_s = load.wait_before_s(view.deadline, view.now, stretch)[0]
         if view.now + before_s + prefill_s <= view.deadline:
             return before_s
-    return load.wait_s(view.now) * inflation
+    return load.wait_s(view.now) * stretch
 
 
 # -------------------------------------------------------------------------------------- policies

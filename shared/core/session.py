@@ -102,7 +102,6 @@ class RoundInFlight:
     decision: RoutingDecision | None = None
     move: Move | None = None  # until its first token
     num_prefill_tokens: int = 0  # counted at the worker that prefills
-    predicted_prefill_s: float = 0.0  # of them, without the worker's running correction; 0: not predicted
     stop_reason: ErrorReply | None = None
     cancel_requests: list[int] = field(default_factory=list)
 

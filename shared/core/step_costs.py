@@ -196,6 +196,11 @@ class StepCosts:
         step_s = self.linear(batch + chunk) + decode_s + self.attend(num_history + num_new / 2, chunk)
         return self.scale * num_steps * step_s
 
+    def count_fitting_tokens(self, batch: int, mean_context: float, limit_s: float) -> int:
+        """Prefill tokens that fit a step of `limit_s` beside the decodes, whatever they attend to; never below 0."""
+        rest_s = limit_s / self.scale - self.decode_attend(batch, mean_context) - self.attend_floor_s
+        return max(0, int(self.linear.inverse(rest_s)) - batch)
+
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""
         linear, attend = self.linear, self.attend
@@ -222,3 +227,21 @@ class StepCosts:
                 over_low *= 0.5 if was_low is False else 1.0
             was_low = over <= 0.0
         return low
+
+
+class StepCost:
+    """A mixed step that chunks are added to one by one (see `StepCosts.step_s`)."""
+
+    __slots__ = ("_attention_s", "_costs", "_num_tokens")
+
+    def __init__(self, costs: StepCosts, batch: int, mean_context: float) -> None:
+        self._costs = costs
+        self._num_tokens = batch
+        self._attention_s = costs.attend_floor_s + (costs.decode_attend(batch, mean_context) if batch else 0.0)
+
+    def add(self, history: int, chunk: int) -> float:
+        """Seconds that the step takes with one chunk more."""
+        costs = self._costs
+        self._num_tokens += chunk
+        self._attention_s += max(0.0, costs.attend_s(history, chunk) - costs.attend_floor_s)
+        return costs.scale * (costs.linear(self._num_tokens) + self._attention_s)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from shared.core.step_costs import StepCosts
 
-CORRECTION_WEIGHT = 0.1  # of the newest step
+CORRECTION_WEIGHT = 0.1  # of the newest step in a running mean
 CORRECTION_RANGE = (0.2, 5.0)  # one step that the machine held up must not stop every prefill
 
 
@@ -20,7 +20,9 @@ class StepPredictor:
     def __init__(self, costs: StepCosts | None = None, *, corrects: bool = False) -> None:
         self.costs = copy.copy(costs)
         self.tokens_per_s = 0.0  # measured, 0 when nothing was yet
-        self.correction = 1.0  # measured / predicted, a running mean
+        self.correction = 1.0  # measured / predicted, a running mean; this one of all steps
+        self.prefill_correction = 1.0  # of steps that prefill
+        self.decode_correction = 1.0  # of those that only decode
         self._scale = costs.scale if costs is not None else 1.0
         self._corrects = corrects
 
@@ -53,10 +55,30 @@ class StepPredictor:
         if self.costs is None:
             return
         predicted_s = self.costs.step_s(batch, mean_context, chunks) * self._scale / self.costs.scale
-        if predicted_s <= 0.0 or seconds <= 0.0:
-            return
-        low, high = CORRECTION_RANGE
-        measured = min(high, max(low, seconds / predicted_s))
-        self.correction += CORRECTION_WEIGHT * (measured - self.correction)
+        self.correction = correct(self.correction, predicted_s, seconds)
+        if chunks:
+            self.prefill_correction = correct(self.prefill_correction, predicted_s, seconds)
+        else:
+            self.decode_correction = correct(self.decode_correction, predicted_s, seconds)
         if self._corrects:
             self.costs.scale = self._scale * self.correction
+
+    @property
+    def prefill_scale(self) -> float:
+        """Of steps that prefill, over the profile's durations; 0 without a profile."""
+        return self._scale * self.prefill_correction if self.costs is not None else 0.0
+
+    @property
+    def decode_scale(self) -> float:
+        """Of steps that only decode, over the profile's durations; 0 without a profile."""
+        return self._scale * self.decode_correction if self.costs is not None else 0.0
+
+
+def correct(correction: float, predicted_s: float, measured_s: float, num_steps: int = 1) -> float:
+    """The running mean of measured over predicted durations after so many equal steps more. Steps are compared, not
+    prefills: what a prefill takes also says who shared its steps, and who went before."""
+    if predicted_s <= 0.0 or measured_s <= 0.0:
+        return correction
+    low, high = CORRECTION_RANGE
+    ratio = min(high, max(low, measured_s / predicted_s))
+    return ratio + (correction - ratio) * (1.0 - CORRECTION_WEIGHT) ** num_steps

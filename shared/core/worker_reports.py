@@ -8,14 +8,12 @@ from shared.core.attempts import (
     KV_FAILURES,
     RETRYABLE,
     begin_decoding,
-    count_prompt,
     lose_worker,
     start_next_attempt,
 )
 from shared.core.commands import AcknowledgeEvent
 from shared.core.endings import fail_round, finish_from_stream, finish_round
 from shared.core.events import HeartbeatSeen, StreamSeen, WorkerReported
-from shared.core.fleet import WorkerState
 from shared.core.records import RoundEndedEntry, WorkerRef
 from shared.core.recovery import reconcile_rounds
 from shared.core.residency import note_held, note_prefilled
@@ -146,23 +144,10 @@ def _on_prefill_ended(state: State, report: PrefillEnded) -> None:
     worker = state.fleet.find(ref)
     if worker is not None:
         worker.load.end_prefill(session.key, state.now)
-        if report.error is None and state.config.scheduling.corrects:
-            _learn_from_remote(worker, session, running, report)
     if report.error is None:
         return
     if running.phase in ("starting", "prefilling", "reconciling"):
         start_next_attempt(state, session, report.error, avoid=report.worker_id, remote_failed=True)
-
-
-def _learn_from_remote(worker: WorkerState, session: Session, running: RoundInFlight, report: PrefillEnded) -> None:
-    """What a prefill took, against what was predicted for it, or, if it computed other tokens, for those alone."""
-    predicted_s = running.predicted_prefill_s
-    if report.num_new_tokens != running.num_prefill_tokens:
-        if worker.load.decoding:
-            return
-        num_history = max(0, count_prompt(session, running) - report.num_new_tokens)
-        predicted_s = worker.load.costs.prefill_s(num_history, report.num_new_tokens)
-    worker.load.observe_prefill(predicted_s, report.prefill_s)
 
 
 # ------------------------------------------------------------------------------- streams

@@ -17,7 +17,7 @@ from shared.core.reordering import OrderName, OrderParameters, WaitingPrefill
 from shared.core.retention import RetentionName
 from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
 from shared.core.step_costs import StepCosts
-from shared.core.step_prediction import StepPredictor
+from shared.core.step_prediction import StepPredictor, correct
 from shared.core.types import RoundKey, SessionKey
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import SamplingParams
@@ -285,10 +285,36 @@ def test_measured_steps_correct_the_costs_within_bounds(corrects: bool) -> None:
         predictor.observe(0, 0.0, [(0, 90)], 0.2)  # predicted: 0.1
     assert predictor.correction == pytest.approx(2.0, rel=0.01)
     assert predictor.prefill_s(0, 90) == pytest.approx(0.2 if corrects else 0.1, rel=0.01)
+    assert (predictor.prefill_scale, predictor.decode_scale) == (pytest.approx(2.0, rel=0.01), 1.0)
     for _ in range(100):
         predictor.observe(1, 10.0, [], 1e9)
     assert predictor.correction == pytest.approx(5.0, rel=0.01)
+    assert predictor.decode_scale == pytest.approx(5.0, rel=0.01)
     assert costs.scale == 1.0, "the caller's costs are left alone"
+
+
+def test_a_prefill_that_shared_its_steps_corrects_nothing() -> None:
+    """It took longer than it would have alone; its steps took what they should."""
+    predictor = StepPredictor(make_costs(), corrects=True)
+    chunks = [(0, 90), (1_000, 50), (3_000, 20)]
+    for _ in range(100):
+        predictor.observe(4, 100.0, chunks, predictor.costs.step_s(4, 100.0, chunks))
+    assert predictor.prefill_scale == pytest.approx(1.0)
+
+
+def test_scales_are_of_the_profile_even_if_the_worker_was_told_one() -> None:
+    costs = make_costs()
+    costs.scale = 4.0  # an emulated worker of that time scale
+    predictor = StepPredictor(costs, corrects=True)
+    for _ in range(100):
+        predictor.observe(0, 0.0, [(0, 90)], 2 * 0.4)
+    assert predictor.prefill_scale == pytest.approx(8.0, rel=0.01)
+    assert StepPredictor().prefill_scale == 0.0, "without a profile there is nothing to compare with"
+
+
+def test_nothing_is_learnt_of_steps_that_took_no_time() -> None:
+    assert correct(1.5, 0.0, 1.0) == correct(1.5, 1.0, 0.0) == 1.5
+    assert correct(1.0, 1.0, 2.0, 3) == pytest.approx(correct(correct(correct(1.0, 1.0, 2.0), 1.0, 2.0), 1.0, 2.0))
 
 
 def test_an_eviction_takes_a_piece_of_the_tail() -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.core.chunking import QUANTUM, ChunkParameters, budget_prefill_tokens, fit_chunks, split_budget
-from shared.core.step_costs import StepCosts
+from shared.core.chunking import (
+    QUANTUM,
+    ChunkParameters,
+    budget_prefill_tokens,
+    fit_chunks,
+    predict_stretch,
+    split_budget,
+)
+from shared.core.step_costs import StepCost, StepCosts
 from shared.profile_files import load_profile
 
 COSTS = StepCosts.from_profile(load_profile("h100-qwen3-32b"), 2)
@@ -20,6 +28,11 @@ SLACK = ChunkParameters(chunk="slack")
 def budget(parameters: ChunkParameters, costs: StepCosts | None = COSTS, **fields: Any) -> int:
     defaults = {"batch": 8, "mean_context": 2_000.0, "itl_slo_s": 0.05, "num_history": 1_000}
     return budget_prefill_tokens(parameters, costs, **{**defaults, **fields})
+
+
+def fit(parameters: ChunkParameters, prefills: list[tuple[int, int]], budget_tokens: int, **fields: Any) -> list[int]:
+    defaults = {"batch": 0, "mean_context": 2_000.0, "itl_slo_s": 0.05, "time_left_s": [inf] * len(prefills)}
+    return fit_chunks(parameters, COSTS, prefills, budget_tokens, **{**defaults, **fields})
 
 
 def test_without_a_batch_a_step_takes_as_much_as_may_be() -> None:
@@ -71,7 +84,7 @@ def test_several_prefills_in_one_step_keep_to_the_objective_together(
     waiting: list[tuple[int, int]], batch: int, itl_slo_s: float
 ) -> None:
     size = budget(SLACK, batch=batch, itl_slo_s=itl_slo_s, num_history=waiting[0][0])
-    chunks = fit_chunks(SLACK, COSTS, waiting, size, batch=batch, mean_context=2_000.0, itl_slo_s=itl_slo_s)
+    chunks = fit(SLACK, waiting, size, batch=batch, itl_slo_s=itl_slo_s)
     whole = split_budget([missing for _, missing in waiting], size)
     assert chunks[0] == whole[0], "the first is as large as alone"
     assert all(a <= b for a, b in zip(chunks, whole, strict=False))
@@ -83,5 +96,93 @@ def test_several_prefills_in_one_step_keep_to_the_objective_together(
 @pytest.mark.parametrize(("parameters", "batch"), [(FIXED, 8), (SLACK, 0)])
 def test_fixed_chunks_and_steps_without_a_batch_use_the_whole_budget(parameters: ChunkParameters, batch: int) -> None:
     waiting = [(50_000, 100), (50_000, 900)]
-    sizes = fit_chunks(parameters, COSTS, waiting, 600, batch=batch, mean_context=2_000.0, itl_slo_s=1e-6)
+    sizes = fit(parameters, waiting, 600, batch=batch, itl_slo_s=1e-6)
     assert sizes == [100, 500]
+
+
+# -------------------------------------------------------------------------------- deadlines
+
+ON_TIME = ChunkParameters(chunk="slack", keeps_on_time=True)
+
+
+def test_nobody_joins_a_step_that_would_then_be_too_long_for_another() -> None:
+    """Every prefill of a step has its first token at the step's end."""
+    waiting = [(1_000, 400), (2_000, 400), (0, 400)]
+    one_s, two_s, three_s = (COSTS.step_s(0, 0.0, waiting[:n]) for n in (1, 2, 3))
+    assert fit(ON_TIME, waiting, 8_192, time_left_s=[three_s * 1.001, inf, inf]) == [400, 400, 400]
+    assert fit(ON_TIME, waiting, 8_192, time_left_s=[three_s * 0.999, inf, inf]) == [400, 400]
+    assert fit(ON_TIME, waiting, 8_192, time_left_s=[inf, two_s * 1.001, inf]) == [400, 400]
+    assert fit(ON_TIME, waiting, 8_192, time_left_s=[one_s * 1.001, inf, inf]) == [400]
+    assert fit(SLACK, waiting, 8_192, time_left_s=[one_s * 1.001, inf, inf]) == [400, 400, 400], "switched off"
+
+
+def test_who_is_late_anyway_stops_nobody() -> None:
+    waiting = [(1_000, 400), (2_000, 400), (0, 400)]
+    one_s, two_s = (COSTS.step_s(0, 0.0, waiting[:n]) for n in (1, 2))
+    assert fit(ON_TIME, waiting, 8_192, time_left_s=[one_s * 0.999, inf, inf]) == [400, 400, 400]
+    assert fit(ON_TIME, waiting, 8_192, time_left_s=[-5.0, two_s * 0.999, inf]) == [400, 400, 400]
+
+
+def test_a_chunk_that_does_not_end_its_prefill_has_no_deadline_yet() -> None:
+    assert fit(ON_TIME, [(0, 300), (1_000, 900)], 500, time_left_s=[inf, 0.001]) == [300, 200]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 8_000), st.integers(1, 2_000)), min_size=1, max_size=12),
+    st.lists(st.floats(-0.1, 1.0), min_size=12, max_size=12),
+    st.integers(1, 8_192),
+    st.integers(0, 64),
+)
+def test_a_step_makes_nobody_late_that_a_shorter_one_would_not(
+    waiting: list[tuple[int, int]], left_s: list[float], budget_tokens: int, batch: int
+) -> None:
+    fields = {"batch": batch, "itl_slo_s": 10.0, "time_left_s": left_s[: len(waiting)]}
+    chunks = fit(ON_TIME, waiting, budget_tokens, **fields)
+    whole = fit(SLACK, waiting, budget_tokens, **fields)
+    assert chunks == whole[: len(chunks)]
+    assert chunks, "the first always goes"
+    parts = [(history, chunk) for (history, _), chunk in zip(waiting, chunks, strict=False)]
+    ends_s = COSTS.step_s(batch, 2_000.0, parts)
+    for place, (chunk, (_, missing)) in enumerate(zip(chunks, waiting, strict=False)):
+        alone_s = COSTS.step_s(batch, 2_000.0, parts[: place + 1])
+        if chunk == missing and alone_s <= left_s[place] - 1e-9:
+            assert ends_s <= left_s[place] + 1e-9
+
+
+@given(st.lists(st.tuples(st.integers(0, 8_000), st.integers(1, 2_000)), min_size=1, max_size=6), st.integers(0, 64))
+def test_a_step_costs_the_same_chunk_by_chunk(chunks: list[tuple[int, int]], batch: int) -> None:
+    step = StepCost(COSTS, batch, 2_000.0)
+    costs_s = [step.add(history, chunk) for history, chunk in chunks]
+    for count, cost_s in enumerate(costs_s, 1):
+        assert cost_s == pytest.approx(COSTS.step_s(batch, 2_000.0, chunks[:count]))
+
+
+# ---------------------------------------------------------------------------------- stretch
+
+
+def stretch(parameters: ChunkParameters, batch: int, itl_slo_s: float = 0.05) -> float:
+    return predict_stretch(parameters, COSTS, batch=batch, mean_context=2_000.0, itl_slo_s=itl_slo_s)
+
+
+def test_a_queue_takes_its_work_where_nobody_decodes_and_longer_beside_a_batch() -> None:
+    assert stretch(SLACK, 0) == stretch(FIXED, 0) == 1.0
+    assert 1.0 < stretch(SLACK, 16) < stretch(SLACK, 100) < stretch(SLACK, 180)
+    assert stretch(SLACK, 100) < stretch(SLACK, 100, itl_slo_s=0.04), "the less slack, the smaller the chunks"
+    assert stretch(FIXED, 100) < stretch(ChunkParameters(chunk_tokens=64), 100)
+
+
+def test_a_queue_of_many_short_prefills_takes_as_long_as_predicted() -> None:
+    """The steps that it fills, whatever the fixed part of a short prefill alone: that is shared."""
+    batch, itl_slo_s, num_prefills, num_tokens = 100, 0.05, 60, 77
+    waiting = [(2_000, num_tokens)] * num_prefills
+    size = budget(SLACK, batch=batch, itl_slo_s=itl_slo_s, num_history=2_000)
+    taken_s = 0.0
+    while waiting:
+        chunks = fit(SLACK, waiting, size, batch=batch, itl_slo_s=itl_slo_s)
+        parts = [(history, chunk) for (history, _), chunk in zip(waiting, chunks, strict=False)]
+        taken_s += COSTS.step_s(batch, 2_000.0, parts)
+        done = sum(chunk == missing for chunk, (_, missing) in zip(chunks, waiting, strict=False))
+        rest = [(h + chunk, m - chunk) for chunk, (h, m) in zip(chunks, waiting, strict=False) if chunk < m]
+        waiting = rest + waiting[done + len(rest) :]
+    predicted_s = stretch(SLACK, batch, itl_slo_s) * num_prefills * COSTS.work_s(2_000, num_tokens)
+    assert predicted_s == pytest.approx(taken_s, rel=0.15)

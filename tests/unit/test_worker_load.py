@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shared.core.load import CORRECTION_RANGE, MAX_LATE_WORK_S, WorkerLoad
+from shared.core.load import MAX_LATE_WORK_S, WorkerLoad
 from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
 from shared.profile_files import load_profile
@@ -171,17 +171,12 @@ def test_a_prefill_due_far_from_now_is_not_late() -> None:
     assert load.count_pressing_tokens(NOW) == 100
 
 
-def test_corrections_follow_what_is_measured_within_bounds() -> None:
+def test_what_is_predicted_is_corrected() -> None:
     load = make_load()
-    for _ in range(200):
-        load.observe_prefill(1.0, 1.5)
-        load.observe_decode_step(1.0, 1_000.0)
-    assert load.prefill_correction == pytest.approx(1.5)
-    assert load.decode_correction == pytest.approx(CORRECTION_RANGE[1])
-    load.observe_prefill(0.0, 1.0)
-    load.observe_prefill(1.0, 0.0)
-    assert load.prefill_correction == pytest.approx(1.5), "what took no time says nothing"
+    load.prefill_correction, load.decode_correction = 1.5, 2.0
     assert load.prefill_s(0, 1_000) == pytest.approx(1.5 * COSTS.prefill_s(0, 1_000))
+    assert load.work_s(0, 1_000) == pytest.approx(1.5 * COSTS.work_s(0, 1_000))
+    assert load.decode_step_s(1) == pytest.approx(2.0 * COSTS.decode_step_s(1, 0.0))
 
 
 def test_roles_say_what_a_worker_takes() -> None:
