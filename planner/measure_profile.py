@@ -10,49 +10,25 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from planner.busy_neighbours import busy_neighbours
 from planner.fit_profile import StepSample, StepShape, fit_degree
 from planner.fit_summary import describe_points, summarise_fit
 from planner.measure_links import LinkRates, measure_links
 from planner.profile_points import BLOCK_SIZE, PointLimits, choose_held_out_shapes, choose_training_shapes
+from planner.step_meter import ProfileOptions, StepMeter, load_runner
 from shared.core.profile import Links, Profile
-from shared.core.types import DTYPE_BYTES
-from shared.engine.step import StepItem
-from shared.errors import AmpdError, ErrorCode
-from shared.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from shared.engine.model_runner import ModelRunner
+    pass
 
-GREEDY = SamplingParams()
 LONG_STEP_TOKENS = 600  # a step of more tokens takes seconds: every other repeat leaves it out
 SHORT_STEP_TOKENS, SHORT_STEP_RUNS = 64, 3  # a step of fewer takes milliseconds: several runs in a row
-FILL_BYTES = 1 << 22
 DEVICES_PER_NODE = 2
 
 Meter = Callable[[StepShape], float]
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    name: str
-    model: str
-    model_dir: Path
-    dtype: str = "float32"
-    threads: int = 1
-    kv_memory_mb: int = 1024
-    host_kv_mb: int = 0
-    max_context: int
-    quick: bool = False
-    repeats: int = 5
-    time_limit_s: float = 600.0
-    seed: int = 0
 
 
 def measure_profile(options: ProfileOptions, provenance: Mapping[str, Any], progress: Progress) -> Profile:
@@ -61,23 +37,24 @@ def measure_profile(options: ProfileOptions, provenance: Mapping[str, Any], prog
     Takes 10 seconds to 10 minutes of one core (of `threads`). Raises AmpdError INVALID_REQUEST that says what to
     change: a model that cannot be served, a pool too small for one context, a context the model does not have.
     """
-    runner = _load_runner(options)
+    runner = load_runner(options)
     num_kv_tokens = (runner.pool.num_blocks - 1) * BLOCK_SIZE
     limits = PointLimits(num_kv_tokens=num_kv_tokens, max_context_tokens=options.max_context)
     training = choose_training_shapes(limits, quick=options.quick)
     held_out = choose_held_out_shapes(limits, quick=options.quick, seed=options.seed)
-    meter = StepMeter(runner, options.threads, random.Random(options.seed))
+    meter = StepMeter(runner, options.threads, random.Random(options.seed), alone=options.workers == 1)
     # the longest step first: buffers grow to their final size, and no measured step pays for that
     meter(max(training, key=lambda shape: shape.num_tokens))
-    taken, num_repeats = measure_steps(
-        meter,
-        [*training, *held_out],
-        repeats=options.repeats,
-        time_limit_s=options.time_limit_s,
-        rng=random.Random(options.seed),
-        clock=time.monotonic,
-        progress=progress,
-    )
+    with busy_neighbours(options, options.workers - 1):
+        taken, num_repeats = measure_steps(
+            meter,
+            [*training, *held_out],
+            repeats=options.repeats,
+            time_limit_s=options.time_limit_s,
+            rng=random.Random(options.seed),
+            clock=time.monotonic,
+            progress=progress,
+        )
     samples = [StepSample(shape, taken[shape], held_out=index >= len(training))
                for index, shape in enumerate([*training, *held_out])]  # fmt: skip
     links = measure_links(runner.layout, repeats=3 if options.quick else 9)
@@ -123,7 +100,7 @@ NOTES: dict[str, Any] = {
     "exceeds the pool, it follows the straight-line model of the fit",
     "num_kv_tokens": "--kv-memory-mb over the bytes of a token, in whole blocks, without the padding block",
     "devices_per_node": f"{DEVICES_PER_NODE}: a device is a core with a worker of --threads threads; workers on one "
-    "machine share its memory bandwidth, which these single-worker times do not show",
+    "machine share its memory bandwidth, which only a profile with --workers shows",
     "intra_node": "KV pulls over a Unix socket between two processes, our own data plane",
     "inter_node": "the same over TCP loopback: one machine has no other network to measure",
     "host": "one thread's memory copy (numpy.copyto)",
@@ -170,93 +147,6 @@ def _order_repeat(shapes: Mapping[StepShape, object], repeat: int, rng: random.R
 
 def _take_medians(seconds: Mapping[StepShape, Sequence[float]]) -> dict[StepShape, float]:
     return {shape: statistics.median(taken) for shape, taken in seconds.items()}
-
-
-class StepMeter:
-    """Runs one step of a shape over random blocks of the runner's pool, which it fills once; returns seconds.
-
-    With one thread they are the seconds it ran, without those it waited while other processes had its core.
-    """
-
-    def __init__(self, runner: ModelRunner, threads: int, rng: random.Random) -> None:
-        self.clock_name = "thread CPU time" if threads == 1 else "wall"
-        self.wall_s = self.running_s = 0.0
-        self._clock = time.thread_time if threads == 1 else time.perf_counter
-        self._runner = runner
-        self._rng = rng
-        self._blocks = list(range(1, runner.pool.num_blocks))
-        fill_pool(runner, seed=rng.randrange(1 << 32))
-
-    def __call__(self, shape: StepShape) -> float:
-        """Blocks of a sequence lie scattered, as they do in a pool that has been in use."""
-        self._rng.shuffle(self._blocks)
-        free = iter(self._blocks)
-        items = [self._build_item(context, 1, free) for context in shape.contexts]
-        items += [self._build_item(history, chunk, free) for history, chunk in shape.chunks]
-        wall, running = time.perf_counter(), self._clock()
-        self._runner.step(items)
-        elapsed_s = self._clock() - running
-        self.wall_s += time.perf_counter() - wall
-        self.running_s += elapsed_s
-        return elapsed_s
-
-    def _build_item(self, history: int, num_new: int, free: Any) -> StepItem:
-        tokens = self._rng.choices(range(self._runner.vocab_size), k=num_new)
-        table = [next(free) for _ in range(-(-(history + num_new) // BLOCK_SIZE))]
-        return StepItem(tokens, history, table, GREEDY)
-
-
-def fill_pool(runner: ModelRunner, seed: int) -> None:
-    """Random KV in every block, the values of a real model's size: zeros may be faster than a real history."""
-    values = np.random.default_rng(seed).standard_normal(FILL_BYTES // 4, dtype=np.float32)
-    width = DTYPE_BYTES[runner.dtype]
-    # the upper half of a float32 is the same number in bfloat16, and some number of about that size in float16
-    data = np.frombuffer(
-        (values if width == 4 else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes(), np.uint8
-    )
-    layout = runner.layout
-    for block in range(1, runner.pool.num_blocks):
-        target = _view_block(runner, block)
-        offset = (block * layout.bytes_per_block) % max(1, data.size - layout.bytes_per_block)
-        target[:] = np.resize(data[offset : offset + layout.bytes_per_block], layout.bytes_per_block)
-
-
-def _view_block(runner: ModelRunner, block: int) -> Any:
-    from shared.core.types import Segment
-
-    segment = Segment(0, runner.layout.num_layers, 0, runner.layout.block_size)
-    [view] = runner.pool.segment_views([block], segment)
-    return np.frombuffer(view, np.uint8)
-
-
-def read_longest_context(model_dir: Path) -> int:
-    """Tokens that the model was made for."""
-    from shared.engine.model_runner import read_model_config
-
-    return int(read_model_config(model_dir).max_position_embeddings)
-
-
-def _load_runner(options: ProfileOptions) -> ModelRunner:
-    # torch takes seconds to import, and lives in shared.engine alone
-    from shared.engine.kv_memory import blocks_in_memory
-    from shared.engine.model_runner import ModelRunner
-
-    longest = read_longest_context(options.model_dir)
-    if options.max_context > longest:
-        raise AmpdError(
-            ErrorCode.INVALID_REQUEST,
-            f"--max-context {options.max_context} is longer than the {longest} tokens {options.model} was made for",
-        )
-    num_blocks = blocks_in_memory(
-        options.model_dir,
-        dtype=options.dtype,
-        device="cpu",
-        block_size=BLOCK_SIZE,
-        kv_memory_bytes=options.kv_memory_mb * 1_000_000,
-    )
-    return ModelRunner.load(
-        options.model_dir, dtype=options.dtype, threads=options.threads, num_blocks=num_blocks, block_size=BLOCK_SIZE
-    )
 
 
 def _describe_links(links: LinkRates) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shared.core.profile import Profile
 
 EXAMPLE = """example:
-  ampd profile --model smollm2 --dtype float32 --threads 1 --out cpu-smollm2.json"""
+  ampd profile --model smollm2 --dtype float32 --threads 1 --workers 2 --out cpu-smollm2.json"""
 LONGEST_BY_DEFAULT = 8192  # tokens
 FULL_REPEATS, QUICK_REPEATS = 5, 3
 FULL_TIME_LIMIT_S, QUICK_TIME_LIMIT_S = 600.0, 60.0
@@ -50,6 +50,8 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
     add("--name", help="of the profile (default: cpu-MODEL)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(default: %(default)s)")
     add("--threads", type=_positive, default=1, metavar="N", help="per worker (default: %(default)s)")
+    workers_help = "on this machine: N - 1 more engines are busy while one is measured (default: %(default)s)"
+    add("--workers", type=_positive, default=1, metavar="N", help=workers_help)
     add("--kv-memory-mb", type=_positive, default=1024, metavar="MB", help="per worker (default: %(default)s)")
     add(
         "--host-kv-mb",
@@ -71,7 +73,8 @@ def command_profile(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from planner.fit_summary import summarise_fit
-    from planner.measure_profile import ProfileOptions, measure_profile, read_longest_context
+    from planner.measure_profile import measure_profile
+    from planner.step_meter import ProfileOptions, read_longest_context
     from shared.engine.model_files import resolve_model
 
     console = Console(stderr=True)
@@ -90,6 +93,7 @@ def command_profile(arguments: argparse.Namespace) -> int:
         repeats=QUICK_REPEATS if arguments.quick else FULL_REPEATS,
         time_limit_s=arguments.time_limit or (QUICK_TIME_LIMIT_S if arguments.quick else FULL_TIME_LIMIT_S),
         seed=arguments.seed,
+        workers=arguments.workers,
     )
     with _show_progress(console) as progress:
         profile = measure_profile(options, describe_origin(arguments, options.max_context), progress)
@@ -141,6 +145,7 @@ def describe_origin(arguments: argparse.Namespace, max_context: int) -> dict[str
     """Provenance: the command without folders, the machine, versions."""
     flags = ["--model", Path(arguments.model).name, "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
     flags += ["--kv-memory-mb", str(arguments.kv_memory_mb), "--host-kv-mb", str(arguments.host_kv_mb)]
+    flags += ["--workers", str(arguments.workers)] if arguments.workers > 1 else []
     flags += ["--max-context", str(max_context), "--seed", str(arguments.seed)]
     flags += ["--quick"] if arguments.quick else []
     return {
@@ -153,6 +158,7 @@ def describe_origin(arguments: argparse.Namespace, max_context: int) -> dict[str
             "load_average_before": round(os.getloadavg()[0], 2),
         },
         "threads": arguments.threads,
+        "workers": arguments.workers,
         "seed": arguments.seed,
         "versions": {
             "python": platform.python_version(),

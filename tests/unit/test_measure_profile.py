@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from planner import measure_profile, profile_command
+from planner.busy_neighbours import busy_neighbours
 from planner.fit_profile import StepShape
 from planner.fit_summary import summarise_fit
-from planner.measure_profile import LONG_STEP_TOKENS, SHORT_STEP_RUNS, ProfileOptions, Progress, measure_steps
+from planner.measure_profile import LONG_STEP_TOKENS, SHORT_STEP_RUNS, Progress, measure_steps
+from planner.step_meter import ProfileOptions
 from shared.core.profile import Profile, decode_profile
 from shared.core.step_costs import StepCosts
 from shared.engine.model_files import resolve_model
@@ -116,6 +120,37 @@ def test_tiny_model_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert 0.0 < costs.prefill_s(0, 16) < costs.prefill_s(0, 512) < costs.prefill_s(512, 512)
     assert 0.0 < costs.decode_step_s(1, 16) < costs.decode_step_s(16, 512)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_other_engines_are_busy_while_one_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run steps of their own all the time, and are gone afterwards."""
+    out = tmp_path / "beside.json"
+    went_on: list[bool] = []
+    before = set(psutil.Process().children())
+
+    def measure(*args: Any, **fields: Any) -> Any:
+        children = set(psutil.Process().children()) - before
+        for child in children:
+            then_s, deadline = sum(child.cpu_times()[:2]), time.monotonic() + 60.0
+            while sum(child.cpu_times()[:2]) == then_s and time.monotonic() < deadline:
+                time.sleep(0.02)
+            went_on.append(sum(child.cpu_times()[:2]) > then_s)
+        return measure_steps(*args, **fields)
+
+    monkeypatch.setattr(measure_profile, "measure_steps", measure)
+    flags = ["--model", "tiny-random", "--max-context", "1024", "--kv-memory-mb", "24", "--dtype", "float32"]
+    assert run_command(*flags, "--quick", "--workers", "3", "--json", "--out", str(out)) == 0
+    assert went_on == [True, True]
+    assert set(psutil.Process().children()) <= before
+    provenance = decode_profile(out.read_bytes(), "cpu-tiny-random").provenance
+    assert (provenance["workers"], provenance["clock"]) == (3, "wall")
+    assert "--workers 3" in provenance["command"]
+
+
+def test_an_engine_that_does_not_start_is_said(tmp_path: Path) -> None:
+    options = ProfileOptions(name="x", model="x", model_dir=tmp_path / "none", max_context=64)
+    with pytest.raises(AmpdError, match="did not start"), busy_neighbours(options, 1):
+        pass
 
 
 class Asked(Exception):
