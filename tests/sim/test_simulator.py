@@ -22,7 +22,7 @@ from planner.simulator.placement import LOCAL_CONTROL_S, REMOTE_CONTROL_S
 from planner.simulator.rounds import SimRound
 from planner.simulator.simulation import Result, Simulation
 from planner.simulator.worker import SimWorker
-from shared.core.policies import POLICIES, SchedulingPolicy, find_policy, with_options
+from shared.core.policies import POLICIES, SchedulingPolicy, find_policy, switch_off, with_options
 from shared.core.profile import Profile
 from shared.core.step_costs import StepCosts
 from shared.messages import Role, Slo
@@ -298,6 +298,34 @@ def test_control_can_be_scaled_as_on_an_emulated_cluster_whose_time_is_stretched
         for scale in (1.0, 0.125)
     ]
     assert ttfts[0] - ttfts[1] == pytest.approx(0.875 * (LOCAL_CONTROL_S + REMOTE_CONTROL_S))
+
+
+def test_prefills_share_a_step_only_while_nobody_is_late_for_it() -> None:
+    """Ten at once, the first due before a step of all ten would end: it is on time all the same."""
+    sessions = [session(index, 0.0, (1_000, 1)) for index in range(10)]
+    all_s = COSTS.step_s(0, 0.0, [(0, 1_000)] * 10)
+    slo = Slo(ttft_s=0.5 * all_s, itl_s=0.05)
+    policy = with_options(find_policy("adaptive"), WITHOUT_ADMISSION)
+
+    def count_on_time(chosen: SchedulingPolicy) -> int:
+        result, _ = simulate(cluster(both=1), chosen, sessions, slo)
+        return sum(round_.ttft_s <= slo.ttft_s for round_ in result.rounds)
+
+    assert count_on_time(switch_off(policy, "on_time_steps")) == 1, "the first is alone when it begins"
+    assert count_on_time(policy) >= 4
+
+
+@pytest.mark.parametrize("predicted_scale", [0.5, 2.0])
+def test_a_wrong_profile_is_corrected_from_the_steps_that_are_taken(predicted_scale: float) -> None:
+    """Also when prefills share their steps: what one takes is not compared with what it would take alone."""
+    sessions = [session(index, 0.01 * index, (1_500, 60), (500, 60)) for index in range(40)]
+    where = cluster(both=1, predicted_scale=predicted_scale)
+    _, sim = simulate(where, with_options(find_policy("adaptive"), WITHOUT_ADMISSION), sessions)
+    (worker,) = sim.workers
+    assert worker.load.prefill_correction == pytest.approx(1.0 / predicted_scale, rel=0.05)
+    assert worker.load.decode_correction == pytest.approx(1.0 / predicted_scale, rel=0.05)
+    _, sim = simulate(cluster(both=1), "adaptive", sessions)
+    assert sim.workers[0].load.prefill_correction == 1.0
 
 
 def test_two_sequences_decode_in_one_batch() -> None:

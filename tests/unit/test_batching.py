@@ -172,6 +172,19 @@ def test_prefills_go_in_the_order_of_the_policy() -> None:
         assert sum(item.num_tokens for item in items) == 16, "the budget is shared by all that are ready"
 
 
+@pytest.mark.parametrize(("due_s", "expected"), [(0.061, ["first"]), (0.111, ["first", "second"]), (0.04, None)])
+def test_prefills_share_a_step_while_that_makes_none_late(due_s: float, expected: list[str] | None) -> None:
+    """Three of 50 tokens: steps of 60, 110 and 160 ms. The first is late in any step when it is due in 40."""
+    scheduler = make_scheduler(num_blocks=200, prefill=512)
+    follow(scheduler, order="moore_hodgson", chunk=ChunkParameters(chunk="slack", keeps_on_time=True))
+    for number, name in enumerate(("first", "second", "third")):
+        with_deadline(add_session(scheduler, name, 50, arrival=float(number)), due_s if name == "first" else 9.0)
+    planned = [item.sequence.key.session for item in scheduler.plan_step(0.0)]
+    assert sorted(planned) == (expected or ["first", "second", "third"])
+    follow(scheduler, order="moore_hodgson", chunk=ChunkParameters(chunk="slack"))
+    assert len(scheduler.plan_step(0.0)) == 3, "switched off"
+
+
 def test_who_has_aged_gets_a_turn_among_those_in_time() -> None:
     """Newcomers that are always in time would keep a late prefill waiting for ever: it gets every third step."""
     scheduler = make_scheduler(num_blocks=200)

@@ -17,7 +17,7 @@ from shared.core.marginal import (
     shortlist,
     shortlist_movable,
 )
-from shared.core.policies import find_policy
+from shared.core.policies import find_policy, switch_off
 from shared.core.routing import OptionEstimate, RoutingDecision, RoutingView
 from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
@@ -103,6 +103,31 @@ def test_remote_when_the_batch_leaves_no_time_for_chunks() -> None:
     crowded = worker("d", decoding=256)
     decision = route(view(crowded, worker("p", role="prefill"), num_total_tokens=28_000, num_cached_tokens=20_000))
     assert decision.placement == "remote"
+
+
+def test_a_crowded_batch_keeps_away_what_would_fit() -> None:
+    """240 sequences leave time for small chunks, not for many: the prefill would be on time, the batch would grow."""
+    crowded, free = worker("d", decoding=240), worker("p", role="prefill", queue_s=0.3, due_s=0.5)
+    seen = view(crowded, free)
+    assert COSTS.decode_step_s(241, 2_000) > PARAMETERS.crowd_share * SLO.itl_s
+    assert option(route(seen), "d").on_time > 0.99
+    assert route(seen).placement == "remote"
+    without = switch_off(find_policy("adaptive"), "crowding").routing
+    assert route_adaptive(seen, without).placement == "local"
+    assert option(route_adaptive(seen, without), "d").disturbed == 0.0
+    assert route(view(worker("d", decoding=60), free)).placement == "local"
+
+
+def test_many_short_prefills_ahead_take_full_steps_beside_the_batch() -> None:
+    """One of them takes hardly longer there than alone; their queue takes several times its work."""
+    busy = worker("d", decoding=150)
+    for number in range(30):
+        work_s = COSTS.work_s(2_000, 100)
+        busy.begin_prefill(SessionKey("t", f"short/{number}"), 100, work_s, NOW + 0.9, NOW)
+    (chosen,) = route(view(busy, num_cached_tokens=2_000, num_total_tokens=2_100)).options
+    assert chosen.prefill_s < 2.0 * COSTS.prefill_s(2_000, 100)
+    assert chosen.stretch > 2.0
+    assert chosen.queue_s == pytest.approx(chosen.stretch * 30 * COSTS.work_s(2_000, 100))
 
 
 def test_a_prefill_that_is_late_already_does_not_count_as_ahead() -> None:
