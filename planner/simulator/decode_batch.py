@@ -12,7 +12,9 @@ from bisect import bisect_right
 from planner.simulator.kv_memory import SimKv
 from planner.simulator.rolling_mean import RollingMean
 from planner.simulator.rounds import SimRound
+from shared.core.batch_limit import Decoding, choose_batch, fits
 from shared.core.policies import SchedulingPolicy
+from shared.core.step_costs import StepCosts
 
 MAX_LOG = 50_000  # durations in the step log before those that no sequence needs are dropped
 
@@ -24,14 +26,17 @@ class DecodeBatch:
     KV entry when it leaves.
     """
 
-    def __init__(self, policy: SchedulingPolicy) -> None:
+    def __init__(self, policy: SchedulingPolicy, costs: StepCosts, itl_slo_s: float) -> None:
         self.rounds: dict[SimRound, SimKv] = {}
-        self.joining: list[SimRound] = []  # will be in the batch from the next step on
+        self.joining: list[SimRound] = []  # will be in the batch from the next step on, or when it has a place
         self.size = 0
         self.num_context_tokens = 0
         self.tick = 0  # decode steps so far
         self.paused_s = 0.0  # time since the last decode step that prefills alone have taken
         self.itl = RollingMean(policy.window_s)
+        self.is_limited = policy.chunk.limits_batch
+        self._costs = costs
+        self._itl_slo_s = itl_slo_s
         self._uses_windows = policy.uses_windows
         self._decoded_at = 0.0  # end of the last decode step
         self._num_entries = 0
@@ -44,9 +49,31 @@ class DecodeBatch:
         return self.num_context_tokens / self.size if self.size else 0.0
 
     def begin_joining(self, now: float) -> None:
-        for round_ in self.joining:
-            self.begin(round_, now)
+        """Those that are to decode do so from the next step on, as far as their objective allows."""
+        waiting = [round_ for round_ in self.joining if round_ in self.rounds]
         self.joining.clear()
+        total = self.size + len(waiting)
+        num_tokens = self.num_context_tokens + sum(one.num_prompt + one.num_produced for one in waiting)
+        if not self.is_limited or not total or fits(self._costs, total, num_tokens / total, self._itl_slo_s):
+            for round_ in waiting:
+                self.begin(round_, now)
+            return
+        running = [round_ for round_ in self.rounds if round_.entry]
+        everyone = [*running, *waiting]
+        decoding = [Decoding(one.first_token_at, self._count_produced(one), self._itl_slo_s) for one in everyone]
+        chosen = {everyone[index] for index in choose_batch(self._costs, decoding, num_tokens / total, now)}
+        for round_ in running:
+            if round_ not in chosen:
+                self.stop(round_)
+                self.joining.append(round_)
+        for round_ in waiting:
+            if round_ in chosen:
+                self.begin(round_, now)
+            else:
+                self.joining.append(round_)
+
+    def _count_produced(self, round_: SimRound) -> int:
+        return round_.num_produced + (self.tick - round_.joined_tick if round_.entry else 0)
 
     def begin(self, round_: SimRound, now: float) -> None:
         """The round decodes from the next step on, if it is still to decode here."""

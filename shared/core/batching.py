@@ -16,6 +16,7 @@ from functools import partial
 from math import inf
 from typing import Protocol
 
+from shared.core.batch_limit import Decoding, choose_batch, fits
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks, predict_stretch
 from shared.core.kv_blocks import BlockAllocator
 from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder
@@ -249,7 +250,7 @@ class Scheduler:
 
     def plan_step(self, now: float = 0.0) -> list[PlannedItem]:
         """The items of the next step; every one has its blocks. Empty when nothing can run."""
-        decodes = [s for s in self._ready() if s.kv.num_missing == 1][: self.max_batch]
+        decodes = self._choose_decodes(now)
         chosen = {id(s): PlannedItem(s, 1, True) for s in decodes if self._make_room(s, 1, now)}
         waiting = [s for s in self._ready() if s.kv.num_missing > 1]
         prefills = self._order_prefills(waiting, now)
@@ -278,6 +279,23 @@ class Scheduler:
         if first is not None:  # one without a place in the batch, or without room, keeps its turn
             self.order.note_turn(first.as_waiting())
         return planned
+
+    def _choose_decodes(self, now: float) -> list[Sequence]:
+        """As many as their objectives allow; the last token of a prefill for another worker is not one of them."""
+        ready = [s for s in self._ready() if s.kv.num_missing == 1]
+        costs = self.predictor.costs
+        rounds = [s for s in ready if s.preemptible]
+        if costs is None or not self.chunk.limits_batch or not rounds:
+            return ready[: self.max_batch]
+        for sequence in rounds:
+            if sequence.first_token_at is None:
+                sequence.first_token_at = now
+        mean_context = sum(s.kv.num_tokens for s in rounds) / len(rounds)
+        if fits(costs, len(rounds), mean_context, self._tightest_itl_slo_s(rounds)):
+            return ready[: self.max_batch]
+        decoding = [Decoding(s.first_token_at or now, s.kv.num_tokens - s.output_start, s.itl_slo_s) for s in rounds]
+        chosen = [rounds[index] for index in choose_batch(costs, decoding, mean_context, now)]
+        return [*(s for s in ready if not s.preemptible), *chosen][: self.max_batch]
 
     def _order_prefills(self, prefills: list[Sequence], now: float) -> list[Sequence]:
         queue = [sequence.as_waiting() for sequence in prefills]

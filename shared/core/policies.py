@@ -52,7 +52,7 @@ class SchedulingPolicy:
         return self.route is route_ampd and not self.routing.live_terms
 
 
-_SLACK = ChunkParameters(chunk="slack", keeps_on_time=True)
+_SLACK = ChunkParameters(chunk="slack", keeps_on_time=True, limits_batch=True)
 
 POLICIES: dict[str, SchedulingPolicy] = {
     policy.name: policy
@@ -97,7 +97,7 @@ PARTS: dict[str, Mapping[str, Any]] = {
     "moore_hodgson": {"order.order": "fcfs", "routing.by_deadline": False},
     "slack_chunks": {"routing.chunk.chunk": "fixed"},
     "on_time_steps": {"routing.chunk.keeps_on_time": False},
-    "crowding": {"routing.crowd_price": 0.0},
+    "batch_limit": {"routing.chunk.limits_batch": False},
     "residency": {"keeps_resident": False, "stages": False},
     "staging": {"stages": False},
     "host_tier": {"host_tier": False},

@@ -79,6 +79,7 @@ class Sequence:
     itl_slo_s: float = 0.5
     num_preemptions: int = 0
     first_step_at: float | None = None
+    first_token_at: float | None = None  # when it was first ready to decode
     admitted: bool = False  # its prefill may take room to its end; no longer, once it has been preempted
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from shared.core.marginal import (
     shortlist,
     shortlist_movable,
 )
-from shared.core.policies import find_policy, switch_off
+from shared.core.policies import find_policy
 from shared.core.routing import OptionEstimate, RoutingDecision, RoutingView
 from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
@@ -105,17 +106,17 @@ def test_remote_when_the_batch_leaves_no_time_for_chunks() -> None:
     assert decision.placement == "remote"
 
 
-def test_a_crowded_batch_keeps_away_what_would_fit() -> None:
+def test_a_crowded_batch_has_its_price_if_one_is_set() -> None:
     """240 sequences leave time for small chunks, not for many: the prefill would be on time, the batch would grow."""
     crowded, free = worker("d", decoding=240), worker("p", role="prefill", queue_s=0.3, due_s=0.5)
     seen = view(crowded, free)
     assert COSTS.decode_step_s(241, 2_000) > PARAMETERS.crowd_share * SLO.itl_s
     assert option(route(seen), "d").on_time > 0.99
-    assert route(seen).placement == "remote"
-    without = switch_off(find_policy("adaptive"), "crowding").routing
-    assert route_adaptive(seen, without).placement == "local"
-    assert option(route_adaptive(seen, without), "d").disturbed == 0.0
-    assert route(view(worker("d", decoding=60), free)).placement == "local"
+    assert route(seen).placement == "local"
+    assert option(route(seen), "d").disturbed == 0.0
+    priced = replace(PARAMETERS, crowd_price=0.5)
+    assert route_adaptive(seen, priced).placement == "remote"
+    assert route_adaptive(view(worker("d", decoding=60), free), priced).placement == "local"
 
 
 def test_many_short_prefills_ahead_take_full_steps_beside_the_batch() -> None:

@@ -1,0 +1,91 @@
+"""Which rounds decode when all of them would be too slow."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.core.batch_limit import BATCH_SHARE, PATIENCE_TOKENS, Decoding, choose_batch, fits
+from shared.core.step_costs import StepCosts
+from shared.profile_files import load_profile
+
+COSTS = StepCosts.from_profile(load_profile("h100-qwen3-32b"), 2)
+CONTEXT = 2_000.0
+NOW = 100.0
+ITL_S = 0.04
+
+
+def decoding(slack_tokens: float, *, produced: int = 50, itl_slo_s: float = ITL_S) -> Decoding:
+    """So many tokens ahead of its objective."""
+    return Decoding(NOW - (produced - slack_tokens) * itl_slo_s, produced, itl_slo_s)
+
+
+def choose(rounds: list[Decoding]) -> list[int]:
+    return choose_batch(COSTS, rounds, CONTEXT, NOW)
+
+
+def count_fitting() -> int:
+    return next(n for n in range(1, 10_000) if not fits(COSTS, n + 1, CONTEXT, ITL_S))
+
+
+def test_all_decode_while_a_step_keeps_to_the_objective() -> None:
+    num = count_fitting()
+    assert COSTS.decode_step_s(num, CONTEXT) <= BATCH_SHARE * ITL_S < COSTS.decode_step_s(num + 1, CONTEXT)
+    assert sorted(choose([decoding(1.0)] * num)) == list(range(num))
+
+
+def test_those_with_the_most_slack_wait() -> None:
+    num = count_fitting()
+    rounds = [decoding(1.0 + index) for index in range(num + 7)]
+    assert choose(rounds) == list(range(num))
+    assert choose(rounds[::-1]) == list(range(num + 6, 6, -1))
+
+
+def test_who_is_behind_goes_last_but_for_the_oldest() -> None:
+    num = count_fitting()
+    late = [decoding(-PATIENCE_TOKENS - 1.0 - index) for index in range(5)]
+    chosen = choose([*late, *(decoding(1.0) for _ in range(num))])
+    assert set(chosen) == {4, *range(5, 5 + num - 1)}, "the oldest has waited longest for its tokens"
+    chosen = choose([*late, *(decoding(1.0) for _ in range(num - 3))])
+    assert set(chosen) == {4, 3, 2, *range(5, num + 2)}, "the others by age, as far as there is room"
+
+
+def test_when_everybody_is_behind_nobody_is_protected() -> None:
+    rounds = [decoding(-PATIENCE_TOKENS - 1.0)] * (count_fitting() + 50)
+    assert sorted(choose(rounds)) == list(range(len(rounds)))
+
+
+def test_an_objective_that_nobody_could_meet_limits_nobody() -> None:
+    hopeless = [decoding(1.0, itl_slo_s=1e-4)] * 100
+    assert len(choose(hopeless)) == 100
+    assert len(choose([*hopeless, decoding(1.0)])) == 101
+
+
+def test_the_tightest_objective_that_can_be_met_counts() -> None:
+    loose = [decoding(1.0, itl_slo_s=10.0)] * (count_fitting() + 20)
+    assert len(choose(loose)) == len(loose)
+    assert len(choose([*loose, decoding(1.0)])) == count_fitting()
+
+
+@given(st.lists(st.floats(-100.0, 100.0), min_size=1, max_size=400))
+def test_as_many_decode_as_fit_and_each_once(slacks: list[float]) -> None:
+    rounds = [decoding(slack, produced=200) for slack in slacks]
+    chosen = choose(rounds)
+    assert len(set(chosen)) == len(chosen) >= 1
+    protected = [index for index, one in enumerate(rounds) if not one.is_behind(NOW)]
+    expected = min(len(rounds), count_fitting()) if protected else len(rounds)
+    assert len(chosen) == expected
+    late = [index for index, one in enumerate(rounds) if one.is_behind(NOW)]
+    if late:
+        assert min(late, key=lambda index: rounds[index].first_token_at) in chosen
+
+
+def test_a_single_round_always_decodes() -> None:
+    assert choose([decoding(1.0)]) == [0]
+    assert choose_batch(COSTS, [decoding(1.0)], 1e9, NOW) == [0]
+
+
+@pytest.mark.parametrize("slack", [-PATIENCE_TOKENS + 0.5, -PATIENCE_TOKENS - 0.5])
+def test_patience_is_counted_in_tokens(slack: float) -> None:
+    assert decoding(slack).is_behind(NOW) == (slack < -PATIENCE_TOKENS)
