@@ -236,8 +236,6 @@ def lose_worker(state: State, worker: WorkerState) -> None:
     worker.alive = False
     state.counters["workers_lost"] += 1
     error = lost_worker_error(worker.worker_id)
-    for key in sorted(worker.owed_drops):
-        state.note_dropped(key, worker.ref)
     doubt_worker(state, worker.ref)
     for key in [*worker.load.active, *worker.load.prefills]:
         session = state.sessions.get(key)

@@ -51,7 +51,7 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
     if command is None:
         return
     if isinstance(command.message, DropSession):
-        state.note_dropped(command.key, command.worker.ref)
+        state.note_dropped(command.worker.ref, command.key)
         return
     if isinstance(command.message, GrantHistory) and command.message.hold:
         _note_history(state, command, event.command_id, event.reply)
@@ -130,7 +130,7 @@ def _note_refusal(
             # We own the record, so what it has is of an earlier session of this name, whose drop was lost.
             session.binding.num_known_tokens = 0
             session.held = NOTHING_HELD
-            state.drop_at(command.worker, session.key)
+            state.drop_at(command.worker.ref, session.key)
             start_next_attempt(state, session, error)
             return
         if session.in_flight is running and running.phase in ("starting", "reconciling"):
@@ -159,10 +159,11 @@ def on_command_failed(state: State, event: CommandFailed) -> None:
             return
         if worker.alive and _is_wanted(state, command):
             _suspect(state, command)
-    if isinstance(command.message, DropSession) and not state.is_held_at(worker.ref, command.key):
-        worker.owed_drops.add(command.key)  # for its next heartbeat
-        if not worker.alive:
-            state.note_dropped(command.key, worker.ref)
+    if isinstance(command.message, DropSession):
+        if state.is_held_at(worker.ref, command.key):
+            state.settle_drop(worker.ref, command.key)
+        else:
+            state.owe_drop(worker.ref, command.key)
 
 
 def _suspect(state: State, command: PendingCommand) -> None:

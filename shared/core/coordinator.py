@@ -200,6 +200,7 @@ class Coordinator:
         for worker in state.fleet.list_silent(state.now):
             lose_worker(state, worker)
         state.fleet.forget_old(state.now)
+        state.settle_drops_of_gone()
         expire_stagings(state)
         if state.now >= state.grace_until:
             end_grace(state)

@@ -218,13 +218,14 @@ def _append_closed(state: State, session: Session) -> None:
 def forget_closed(state: State, session: Session) -> None:
     """The record says closed: answer, have the worker give everything back, free the memory.
 
-    The record is purged when the workers have confirmed: a coordinator that starts in between finds it and asks again.
+    The record is purged when the workers have confirmed, or are gone for good: a coordinator that starts in between
+    finds it and asks again.
     """
     reply = SessionClosed(session=session.key.session, num_rounds=session.num_rounds)
     for request_id in session.close_requests:
         state.emit(Reply(request_id=request_id, message=reply))
     keep_explained(state, session)
-    expected = state.drop_everywhere(session)
+    state.drop_everywhere(session)
     state.remove_session(session)
-    state.purge_when_dropped(session.key, expected)
+    state.purge_when_dropped(session.key)
     state.counters["sessions_closed"] += 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shared.core.binding import BindingName, choose_binding
 from shared.core.load import WorkerLoad
 from shared.core.measured_costs import WorkerCosts
 from shared.core.profile import Profile
 from shared.core.records import WorkerRef
-from shared.core.types import SessionKey
 from shared.messages import Heartbeat
 
 MAX_DEAD_INCARNATIONS = 256  # remembered, so that a late heartbeat of a dead process does not revive it
@@ -30,7 +29,6 @@ class WorkerState:
     load: WorkerLoad
     alive: bool = True
     suspect_until: float = 0.0
-    owed_drops: set[SessionKey] = field(default_factory=set)  # sessions to drop when it can be reached again
 
     @classmethod
     def of(cls, heartbeat: Heartbeat, now: float, profile: Profile | None, cost_scale: float) -> WorkerState:

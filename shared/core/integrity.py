@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from shared.core.state import State, find_due, needed_growth
+from shared.messages import DropSession
 
 
 def check_state(state: State) -> None:
@@ -13,6 +14,7 @@ def check_state(state: State) -> None:
     _check_sessions(state)
     _check_workers(state)
     _check_residency(state)
+    _check_drops(state)
 
 
 def _check_counts(state: State) -> None:
@@ -22,7 +24,7 @@ def _check_counts(state: State) -> None:
     assert state.sessions_of_tenant == tenants, "sessions of each tenant are counted"
     assert state.num_held == sum(map(len, state.held.values())), "held requests are counted"
     assert all(state.held.values()), "no key without held requests"
-    assert not state.purging.keys() & state.sessions.keys(), "the record of an open session is not purged"
+    assert not state.purging & state.sessions.keys(), "the record of an open session is not purged"
     assert not state.released, "released requests were looked at"
     reconciling = {s.key for s in in_flight if s.in_flight is not None and s.in_flight.phase == "reconciling"}
     assert state.reconciling == reconciling, "the reconciling set is the rounds in that phase"
@@ -97,3 +99,13 @@ def _check_residency(state: State) -> None:
     assert len(state.staging) <= state.config.max_staging_in_flight, "staging is bounded"
     assert state.staging.keys() <= state.sessions.keys(), "staged sessions are open"
     assert len(state.explained) <= state.config.closed_explained, "explanations are bounded"
+
+
+def _check_drops(state: State) -> None:
+    unconfirmed = {(ref, key) for key, refs in state.dropping.items() for ref in refs}
+    owed = {(ref, key) for ref, keys in state.owed_drops.items() for key in keys}
+    sent = {(c.worker.ref, c.key) for c in state.pending.values() if isinstance(c.message, DropSession)}
+    assert all(state.dropping.values()), "no key without workers that drop it"
+    assert all(state.owed_drops.values()), "no worker without drops that it owes"
+    assert owed <= unconfirmed <= owed | sent, "a drop that is not confirmed is on its way, or owed"
+    assert state.purging <= state.dropping.keys(), "a record that is kept has workers to drop the session"

@@ -39,7 +39,7 @@ def end_move(state: State, session: Session, running: RoundInFlight) -> None:
     """The session lives at the new worker now: the old one drops it."""
     move, running.move = running.move, None
     if move is not None:
-        state.drop_at_ref(move.source, session.key)
+        state.drop_at(move.source, session.key)
 
 
 def undo_move(state: State, session: Session, running: RoundInFlight) -> None:
@@ -49,7 +49,7 @@ def undo_move(state: State, session: Session, running: RoundInFlight) -> None:
         return
     source = state.fleet.find(move.source)
     if source is None:
-        state.drop_at_ref(move.source, session.key)
+        state.drop_at(move.source, session.key)
         return
     state.unbind(session)
     state.bind(session, source, move.num_known_tokens)

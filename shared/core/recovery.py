@@ -20,6 +20,7 @@ from shared.core.state import State, needed_growth
 
 def on_records_loaded(state: State, event: RecordsLoaded) -> None:
     state.grace_until = state.now + state.config.heartbeat_timeout_s
+    state.memory_until = state.now + state.config.worker_memory_s
     for record in event.records:
         session = fold(record.key, record.entries, state.config.rounds_kept)
         if session is None:
@@ -28,11 +29,12 @@ def on_records_loaded(state: State, event: RecordsLoaded) -> None:
         session.opened_at = state.now
         session.held = HeldKv(max(0, session.num_tokens - 1))  # unless the worker says otherwise
         session.resident = dict.fromkeys(list_former_holders(record.entries, state.config.max_holders), 0)
+        _drop_at_former_workers(state, session, record.entries)
         if session.closed:
-            state.purge_when_dropped(record.key, state.drop_everywhere(session))
+            state.drop_everywhere(session)
+            state.purge_when_dropped(record.key)
             continue
         state.add_session(session)
-        _drop_at_former_workers(state, session, record.entries)
         session.last_active_at = state.now
         if session.in_flight is not None:
             _await_worker(state, session)
@@ -44,15 +46,11 @@ def _drop_at_former_workers(state: State, session: Session, entries: Sequence[Re
     """Workers that the session has left may still hold it: the coordinator before may not have reached them."""
     refs = {entry.decode for entry in entries if isinstance(entry, RoundStartedEntry | AttemptStartedEntry)}
     for ref in sorted(refs - {session.last_decode}, key=lambda ref: (ref.worker_id, ref.incarnation)):
-        state.drop_at_ref(ref, session.key)
+        state.drop_at(ref, session.key)
 
 
 def end_grace(state: State) -> None:
-    """Workers that live have been heard of by now: nothing is expected of the others."""
-    for ref, keys in state.early_drops.items():
-        for key in sorted(keys):
-            state.note_dropped(key, ref)
-    state.early_drops.clear()
+    """Workers that live have been heard of by now: no round waits for the others."""
     if state.reconciling:
         reconcile_rounds(state)
 

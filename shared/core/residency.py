@@ -121,6 +121,6 @@ def _add_holder(state: State, session: Session, ref: WorkerRef, num_tokens: int)
             key=lambda holder: (state.fleet.find(holder) is not None, resident[holder]),
         )
         del resident[least]
-        state.drop_at_ref(least, session.key)
+        state.drop_at(least, session.key)
         state.counters["holders_dropped"] += 1
     resident[ref] = num_tokens

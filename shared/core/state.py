@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, PurgeRecord, Reply, SendToWorker
 from shared.core.coordinator_config import CoordinatorConfig
@@ -26,6 +27,9 @@ from shared.messages import (
     SessionExplained,
     WorkerCommand,
 )
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(slots=True)
@@ -56,6 +60,7 @@ class State:
         self.config = config
         self.now = 0.0
         self.grace_until = 0.0  # after a start: workers that live have sent a heartbeat by then
+        self.memory_until = 0.0  # after a start: workers not heard of by then are gone for good
         self.commands: list[Command] = []
         self.fleet = Fleet(
             config.heartbeat_timeout_s,
@@ -72,8 +77,9 @@ class State:
         self.num_held = 0
         self.released: dict[SessionKey, None] = {}  # held requests to look at again at the end of this event
         self.reconciling: set[SessionKey] = set()
-        self.early_drops: dict[WorkerRef, set[SessionKey]] = {}  # at workers not heard of yet, in the grace time
-        self.purging: dict[SessionKey, set[WorkerRef]] = {}  # closed; these have not confirmed that they dropped it
+        self.dropping: dict[SessionKey, set[WorkerRef]] = {}  # these have not confirmed that they dropped it
+        self.owed_drops: dict[WorkerRef, set[SessionKey]] = {}  # of them: to be sent with the worker's next heartbeat
+        self.purging: set[SessionKey] = set()  # closed: the record goes when nobody has to drop it any more
         self.staging: dict[SessionKey, Staging] = {}
         self.explained: dict[SessionKey, SessionExplained] = {}  # closed sessions, the newest last
         self.counters: Counter[str] = Counter()
@@ -131,7 +137,7 @@ class State:
     # ---------------------------------------------------------------- sessions
 
     def add_session(self, session: Session) -> None:
-        self.purging.pop(session.key, None)  # its record is in use again
+        self.purging.discard(session.key)  # its record is in use again
         self.sessions[session.key] = session
         self.sessions_of_tenant[session.key.tenant] += 1
 
@@ -153,7 +159,7 @@ class State:
         assert session.binding is None
         session.binding = Binding(worker, num_known_tokens)
         session.resident.pop(worker.ref, None)  # what it has is the session's own KV now
-        worker.owed_drops.discard(session.key)
+        self.settle_drop(worker.ref, session.key)
         worker.load.num_sessions += 1
         self.update_promise(session)
 
@@ -174,40 +180,58 @@ class State:
         binding.worker.load.num_sessions -= 1
         return binding.worker
 
-    def unbind(self, session: Session) -> WorkerRef | None:
-        """Leave the decode worker, and have it drop the session: now, or when it can be reached again.
-
-        The worker if its answer can be expected.
-        """
+    def unbind(self, session: Session) -> None:
+        """Leave the decode worker, and have it drop the session."""
         worker = self.release_binding(session)
-        if worker is not None:
-            return worker.ref if self.drop_at(worker, session.key) else None
-        ref = session.last_decode  # bound before this coordinator started
-        return ref if ref is not None and self.drop_at_ref(ref, session.key) else None
+        ref = worker.ref if worker is not None else session.last_decode  # as bound before this coordinator started
+        if ref is not None:
+            self.drop_at(ref, session.key)
 
-    def drop_everywhere(self, session: Session) -> set[WorkerRef]:
-        """Leave the decode worker, and every prefill worker that may hold KV; those whose answer can be expected."""
-        bound = self.unbind(session)
-        expected = {bound} if bound is not None else set()
-        expected.update(ref for ref in session.resident if self.drop_at_ref(ref, session.key))
+    def drop_everywhere(self, session: Session) -> None:
+        """Leave the decode worker, and every prefill worker that may hold KV."""
+        self.unbind(session)
+        for ref in session.resident:
+            self.drop_at(ref, session.key)
         session.resident.clear()
-        return expected
 
-    def drop_at(self, worker: WorkerState, key: SessionKey) -> bool:
-        if worker.alive:
-            self.send(worker, key, DropSession(tenant=key.tenant, session=key.session))
+    def drop_at(self, ref: WorkerRef, key: SessionKey) -> None:
+        """Have a worker drop the session: now, or when it is heard of again."""
+        worker = self.fleet.find(ref)
+        if worker is None:
+            self.owe_drop(ref, key)
+            return
+        self.dropping.setdefault(key, set()).add(ref)
+        self.send(worker, key, DropSession(tenant=key.tenant, session=key.session))
+
+    def owe_drop(self, ref: WorkerRef, key: SessionKey) -> None:
+        """The worker cannot be reached: its next heartbeat has it drop the session, if one may still come."""
+        if self.may_be_heard(ref):
+            self.dropping.setdefault(key, set()).add(ref)
+            self.owed_drops.setdefault(ref, set()).add(key)
         else:
-            worker.owed_drops.add(key)
-        return worker.alive
+            self.settle_drop(ref, key)
 
-    def drop_at_ref(self, ref: WorkerRef, key: SessionKey) -> bool:
+    def note_dropped(self, ref: WorkerRef, key: SessionKey) -> None:
+        """The worker has dropped the session; what it still owes then is the drop of a later life there."""
+        if key not in self.owed_drops.get(ref, ()):
+            self.settle_drop(ref, key)
+
+    def settle_drop(self, ref: WorkerRef, key: SessionKey) -> None:
+        """The worker has dropped the session, or has it again, or is gone for good."""
+        _discard(self.owed_drops, ref, key)
+        _discard(self.dropping, key, ref)
+        self._purge_if_dropped(key)
+
+    def settle_drops_of_gone(self) -> None:
+        """Nothing is expected of workers that are gone for good."""
+        for ref in [ref for ref in self.owed_drops if not self.may_be_heard(ref)]:
+            for key in sorted(self.owed_drops[ref]):
+                self.settle_drop(ref, key)
+
+    def may_be_heard(self, ref: WorkerRef) -> bool:
+        """This process lives, or may: no other runs under its id, and it has not been silent for `worker_memory_s`."""
         worker = self.fleet.workers.get(ref.worker_id)
-        if worker is not None and worker.incarnation == ref.incarnation:
-            return self.drop_at(worker, key)
-        if worker is None and self.now < self.grace_until:
-            self.early_drops.setdefault(ref, set()).add(key)
-            return True
-        return False
+        return self.now < self.memory_until if worker is None else worker.incarnation == ref.incarnation
 
     def is_held_at(self, ref: WorkerRef, key: SessionKey) -> bool:
         """The session lives at this worker (again): a drop that is still owed would hit the wrong life of it."""
@@ -221,19 +245,14 @@ class State:
             return True
         return session.binding.worker.ref == ref if session.binding is not None else session.last_decode == ref
 
-    def purge_when_dropped(self, key: SessionKey, expected: set[WorkerRef]) -> None:
-        """The session is closed: its record goes when the workers in `expected` have dropped it, or are gone."""
-        self.purging[key] = expected
+    def purge_when_dropped(self, key: SessionKey) -> None:
+        """The session is closed: its record goes when every worker that had it has dropped it, or is gone for good."""
+        self.purging.add(key)
         self._purge_if_dropped(key)
 
-    def note_dropped(self, key: SessionKey, ref: WorkerRef) -> None:
-        if key in self.purging:
-            self.purging[key].discard(ref)
-            self._purge_if_dropped(key)
-
     def _purge_if_dropped(self, key: SessionKey) -> None:
-        if not self.purging[key]:
-            del self.purging[key]
+        if key in self.purging and key not in self.dropping:
+            self.purging.remove(key)
             self.emit(PurgeRecord(key=key))
 
     def leave_workers(self, session: Session) -> None:
@@ -293,6 +312,15 @@ class State:
                 session.timer_at = None
                 due[key] = session
         return list(due.values())
+
+
+def _discard(index: dict[K, set[V]], key: K, value: V) -> None:
+    """Take a value out of a set of an index; no key without values."""
+    values = index.get(key)
+    if values is not None:
+        values.discard(value)
+        if not values:
+            del index[key]
 
 
 def needed_growth(running: RoundInFlight) -> int:

@@ -33,11 +33,11 @@ def on_heartbeat(state: State, event: HeartbeatSeen) -> None:
     if worker is None:
         return
     note_held(state, worker, event.heartbeat.kv_held)
-    drops = worker.owed_drops | state.early_drops.pop(worker.ref, set())
-    worker.owed_drops = set()
-    for key in sorted(drops):
-        if not state.is_held_at(worker.ref, key):
-            state.drop_at(worker, key)
+    for key in sorted(state.owed_drops.pop(worker.ref, ())):
+        if state.is_held_at(worker.ref, key):
+            state.settle_drop(worker.ref, key)
+        else:
+            state.drop_at(worker.ref, key)
     if state.reconciling:
         reconcile_rounds(state)
     if state.now < state.grace_until:

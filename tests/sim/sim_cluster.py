@@ -365,14 +365,9 @@ class SimCluster:
         self.run_until(lambda: all(client.closed for client in self.clients.values()), limit_s)
         assert self.coordinator is not None
         state = self.coordinator.state
-        self.run_until(
-            lambda: (
-                not state.pending
-                and not state.purging
-                and not any(w.alive and w.owed_drops for w in state.fleet.workers.values())
-            ),
-            60.0,
-        )
+        # a worker that was killed owes its drops until it is forgotten
+        limit_s = self.config.worker_memory_s + 60.0
+        self.run_until(lambda: not (state.pending or state.purging or state.owed_drops), limit_s)
         self.run_for(2.0)
         assert not state.sessions
         assert not state.held

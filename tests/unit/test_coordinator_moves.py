@@ -150,8 +150,8 @@ def test_without_the_kv_the_round_runs_all_the_same(driver: Driver, what: str) -
     driver.end([9])
     drops = [drop.worker_id for drop in driver.sent(DropSession)]
     assert drops == ([] if what in ("gone", "lost before") else ["d1"])
-    owed = driver.core.state.fleet.workers["d1"].owed_drops
-    assert owed == ({KEY} if what in ("gone", "lost before") else set())
+    owed = driver.core.state.owed_drops
+    assert owed == ({WorkerRef("d1", 1): {KEY}} if what in ("gone", "lost before") else {})
 
 
 def test_a_late_grant_changes_nothing(driver: Driver) -> None:
@@ -220,7 +220,7 @@ def test_when_both_die_the_round_runs_elsewhere(driver: Driver) -> None:
     driver.tick(4.0, "d3")
     (driver.run,) = driver.sent(RunRound)
     assert (driver.run.worker_id, driver.run.message.source) == ("d3", None)
-    assert KEY in driver.core.state.fleet.workers["d1"].owed_drops
+    assert KEY in driver.core.state.owed_drops[WorkerRef("d1", 1)]
 
 
 def test_after_the_first_token_there_is_no_way_back(driver: Driver) -> None:

@@ -894,9 +894,74 @@ def test_a_session_closed_just_before_is_dropped_and_purged(driver: Driver, work
         (drop,) = fresh.sent(DropSession)
         fresh.reply(drop, Ack())
     else:
-        assert not fresh.take(PurgeRecord)
         fresh.tick(4.0)
+        assert not fresh.take(PurgeRecord), "it may still come back"
+        fresh.tick(fresh.core.state.config.worker_memory_s)
     assert fresh.one(PurgeRecord).key == KEY
+
+
+@pytest.mark.parametrize("how", ["lost before", "lost while asked", "left before", "silent after the restart"])
+def test_a_worker_that_comes_back_drops_a_session_closed_without_it(driver: Driver, how: str) -> None:
+    driver.open("d1")
+    driver.play_round([1], [2])
+    workers = ["d2"] if how == "left before" else []
+    if how in ("lost before", "left before"):
+        driver.tick(4.0, *workers)
+    if how == "left before":
+        driver.play_round([3], [4])
+        assert driver.run.worker_id == "d2"
+    driver.ask(CloseSession())
+    for drop in driver.sent(DropSession):
+        if drop.worker_id == "d2":
+            driver.reply(drop, Ack())
+        elif how == "lost while asked":
+            driver.feed(CommandFailed(command_id=drop.command_id, reason="no_responders"))
+    assert not driver.take(PurgeRecord), "a coordinator that starts now must still find it"
+    fresh = restart(driver)
+    if how == "silent after the restart":
+        fresh.tick(10.0)
+    fresh.beat("d1")
+    (drop,) = fresh.sent(DropSession)
+    assert drop.worker_id == "d1"
+    fresh.beat("d2", incarnation=2)  # another process: the one that had the session is gone for good
+    fresh.reply(drop, Ack())
+    fresh.tick(0.5)
+    assert fresh.one(PurgeRecord).key == KEY
+    assert not fresh.core.state.dropping
+
+
+@pytest.mark.parametrize("gone", ["replaced", "forgotten"])
+def test_a_worker_that_is_gone_for_good_owes_no_drop(driver: Driver, gone: str) -> None:
+    driver.open()
+    driver.play_round([1], [2])
+    driver.tick(4.0)
+    driver.ask(CloseSession())
+    assert not driver.take(PurgeRecord)
+    if gone == "replaced":
+        driver.beat("d", incarnation=2)
+        driver.tick(0.5)
+    else:
+        driver.tick(driver.core.state.config.worker_memory_s)
+    assert driver.one(PurgeRecord).key == KEY
+    assert not driver.core.state.owed_drops
+    assert not driver.sent(DropSession)
+
+
+def test_a_late_answer_does_not_settle_the_drop_of_a_later_life(driver: Driver) -> None:
+    driver.open()
+    driver.play_round([1], [2])
+    driver.ask(CloseSession())
+    (early,) = driver.sent(DropSession)
+    driver.take(Reply)
+    assert driver.answer(OpenSession()).session == "s"
+    driver.play_round([1], [2])
+    driver.tick(4.0)
+    driver.ask(CloseSession())
+    driver.reply(early, Ack())
+    assert not driver.take(PurgeRecord)
+    driver.beat("d")
+    driver.reply(driver.sent(DropSession)[0], Ack())
+    assert driver.one(PurgeRecord).key == KEY
 
 
 def test_a_session_opened_again_keeps_the_record_from_being_purged(driver: Driver) -> None:

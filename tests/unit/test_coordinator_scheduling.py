@@ -287,7 +287,8 @@ def test_closing_drops_the_session_wherever_it_may_be_held(keeping: Driver) -> N
     drops = keeping.sent(DropSession)
     assert [drop.worker_id for drop in drops] == ["d", "p"]
     keeping.reply(drops[1], Ack())
-    assert keeping.core.state.purging == {KEY: {WorkerRef("d", 1)}}
+    assert keeping.core.state.purging == {KEY}
+    assert keeping.core.state.dropping == {KEY: {WorkerRef("d", 1)}}
     keeping.reply(drops[0], Ack())
     assert not keeping.core.state.purging
 
