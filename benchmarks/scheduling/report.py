@@ -124,8 +124,8 @@ least one prefill worker, as the paper has it (without any, every policy is colo
 
 The constants inside `adaptive` were tuned by hand on the `h100-qwen3-32b` cells, with seeds that overlap these; faults
 of its queue order, its steps, its predictions beside decodes and its batches were found on the `h100-mixtral-8x7b`
-cells, and mended there. The Llama cells were looked at for regressions only. The rivals, and two options of `adaptive`, were
-tuned over the options listed in cells.py alone."""
+cells, and mended there. The Llama cells were looked at for regressions only. The rivals, and two options of `adaptive`,
+were tuned over the options listed in cells.py alone."""
 
 
 def _goodput_table(contents: Sequence[Content]) -> str:
