@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planner.busy_neighbours import busy_neighbours
 from planner.fit_profile import StepSample, StepShape, fit_degree
@@ -19,9 +19,6 @@ from planner.measure_links import LinkRates, measure_links
 from planner.profile_points import BLOCK_SIZE, PointLimits, choose_held_out_shapes, choose_training_shapes
 from planner.step_meter import ProfileOptions, StepMeter, load_runner
 from shared.core.profile import Links, Profile
-
-if TYPE_CHECKING:
-    pass
 
 LONG_STEP_TOKENS = 600  # a step of more tokens takes seconds: every other repeat leaves it out
 SHORT_STEP_TOKENS, SHORT_STEP_RUNS = 64, 3  # a step of fewer takes milliseconds: several runs in a row

@@ -287,13 +287,10 @@ class Scheduler:
         rounds = [s for s in ready if s.preemptible]
         if costs is None or not self.chunk.limits_batch or not rounds:
             return ready[: self.max_batch]
-        for sequence in rounds:
-            if sequence.first_token_at is None:
-                sequence.first_token_at = now
+        decoding = [_as_decoding(sequence, now) for sequence in rounds]
         mean_context = sum(s.kv.num_tokens for s in rounds) / len(rounds)
         if fits(costs, len(rounds), mean_context, self._tightest_itl_slo_s(rounds)):
             return ready[: self.max_batch]
-        decoding = [Decoding(s.first_token_at or now, s.kv.num_tokens - s.output_start, s.itl_slo_s) for s in rounds]
         chosen = [rounds[index] for index in choose_batch(costs, decoding, mean_context, now)]
         return [*(s for s in ready if not s.preemptible), *chosen][: self.max_batch]
 
@@ -494,6 +491,14 @@ class Scheduler:
             assert kv.num_kv <= kv.num_tokens or kv.sequence is None
         if self.lower_tier is not None:
             self.lower_tier.check_integrity(self.sessions.values())
+
+
+def _as_decoding(sequence: Sequence, now: float) -> Decoding:
+    """Its first token is there since it was first ready to decode."""
+    if sequence.first_token_at is None:
+        sequence.first_token_at = now
+    num_produced = sequence.kv.num_tokens - sequence.output_start
+    return Decoding(sequence.first_token_at, num_produced, sequence.itl_slo_s)
 
 
 def _has_begun(sequence: Sequence) -> bool:

@@ -2,9 +2,9 @@
 
 Counted are this round and those it would disturb. On a queue that serves on-time rounds first (Moore-Hodgson), one
 more prefill changes the number of on-time rounds by 1 or 0: it gains one if it fits before its deadline without
-pushing a later one past its own. Where others decode, chunks are sized to the batch's ITL slack, and cost it nothing
-that it has no time for, until it has hardly any: slower tokens keep more sequences in the batch, which then outgrows
-its objective, and all miss it. Predictions are uncertain: a margin counts by the probability that it holds.
+pushing a later one past its own. Where others decode, chunks are sized to the batch's ITL slack and cost it nothing
+that it has no time for; what they cost a batch with hardly any, as slower tokens keep more sequences in it, is a price
+that can be set (crowd_price). Predictions are uncertain: a margin counts by the probability that it holds.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _judge(
     busy_s = estimate.work_s * estimate.stretch
     if slack_s < busy_s * 4:
         disturbed = on_time * _probability((busy_s - slack_s) / (parameters.uncertainty * busy_s))
-    if load.decoding:
+    if parameters.crowd_price > 0.0 and load.decoding:
         crowded = (load.decode_step_s(1) / view.slo.itl_s - parameters.crowd_share) / CROWD_SPREAD
         disturbed += parameters.crowd_price * _probability(crowded)
     return OptionEstimate(

@@ -22,6 +22,7 @@ from planner.simulator.placement import LOCAL_CONTROL_S, REMOTE_CONTROL_S
 from planner.simulator.rounds import SimRound
 from planner.simulator.simulation import Result, Simulation
 from planner.simulator.worker import SimWorker
+from shared.core.batch_limit import BATCH_SHARE
 from shared.core.policies import POLICIES, SchedulingPolicy, find_policy, switch_off, with_options
 from shared.core.profile import Profile
 from shared.core.step_costs import StepCosts
@@ -326,6 +327,24 @@ def test_a_wrong_profile_is_corrected_from_the_steps_that_are_taken(predicted_sc
     assert worker.load.decode_correction == pytest.approx(1.0 / predicted_scale, rel=0.05)
     _, sim = simulate(cluster(both=1), "adaptive", sessions)
     assert sim.workers[0].load.prefill_correction == 1.0
+
+
+def test_a_batch_decodes_no_more_than_its_objective_allows() -> None:
+    """150 rounds at once, of which 20 can decode in time: some wait some steps. With an objective that all can
+    meet nothing changes."""
+    sessions = [session(index, 0.0, (50, 60)) for index in range(150)]
+    policy = with_options(find_policy("adaptive"), WITHOUT_ADMISSION)
+    limit_s = COSTS.decode_step_s(20, 100)
+
+    def list_gaps(chosen: SchedulingPolicy, itl_slo_s: float) -> list[list[tuple[int, float]]]:
+        result, _ = simulate(cluster(both=1), chosen, sessions, Slo(ttft_s=1_000.0, itl_s=itl_slo_s))
+        return [round_.gaps for round_ in sorted(result.rounds, key=lambda one: one.session.index)]
+
+    without = switch_off(policy, "batch_limit")
+    assert list_gaps(policy, 1.0) == list_gaps(without, 1.0)
+    limited, free = (list_gaps(one, limit_s / BATCH_SHARE) for one in (policy, without))
+    longest_limited, longest_free = (max(gap_s for gaps in one for _, gap_s in gaps) for one in (limited, free))
+    assert longest_limited > 1.5 * longest_free, "some wait for a step or more, which nobody does without the limit"
 
 
 def test_two_sequences_decode_in_one_batch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -183,6 +184,26 @@ def test_prefills_share_a_step_while_that_makes_none_late(due_s: float, expected
     assert sorted(planned) == (expected or ["first", "second", "third"])
     follow(scheduler, order="moore_hodgson", chunk=ChunkParameters(chunk="slack"))
     assert len(scheduler.plan_step(0.0)) == 3, "switched off"
+
+
+def test_no_more_decode_than_their_objective_allows_and_each_gets_its_turn() -> None:
+    """Steps of n take 10 + n ms: 9 of 12 keep to 0.95 of 20.2 ms. Who has waited has less slack than who decoded."""
+    scheduler = make_scheduler(num_blocks=400, prefill=512)
+    follow(scheduler, chunk=ChunkParameters(limits_batch=True))
+    for number in range(12):
+        add_session(scheduler, f"s{number}", 2).itl_slo_s = 0.0202
+    run_step(scheduler)
+    counts = Counter[str]()
+    for step in range(12):
+        items = scheduler.plan_step(0.02 * step)
+        assert len(items) == 9
+        for item in items:
+            item.sequence.kv.num_kv += 1
+            item.sequence.kv.tokens.append(1)
+            counts[item.sequence.key.session] += 1
+    assert set(counts.values()) == {9}, "each waits a quarter of the steps"
+    follow(scheduler, chunk=ChunkParameters())
+    assert len(scheduler.plan_step(1.0)) == 12, "switched off"
 
 
 def test_who_has_aged_gets_a_turn_among_those_in_time() -> None:
