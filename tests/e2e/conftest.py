@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from services.cluster_options import ClusterOptions
 from services.local import LocalCluster
-from shared.client import AmpdClient, ClientSession
+from shared.client import AmpdClient, ClientSession, RoundStream
 from shared.engine.model_files import resolve_model
+from shared.errors import AmpdError, ErrorCode
 from shared.messages import Heartbeat, StopConditions
 
 RETURNED_TIMEOUT_S = 30.0
@@ -157,13 +158,24 @@ def planned_sessions(reference: Reference) -> tuple[PlannedSession, ...]:
     return tuple(sessions)
 
 
+async def submit_when_there_is_room(session: ClientSession, new: tuple[int, ...], stop: StopConditions) -> RoundStream:
+    """Comes back when told to: a small pool may be promised to other rounds. Bounded by the test's own timeout."""
+    while True:
+        try:
+            return await session.submit(new, stop=stop)
+        except AmpdError as error:
+            if error.code is not ErrorCode.NO_CAPACITY or error.retry_after_s is None:
+                raise
+            await asyncio.sleep(0.1 * error.retry_after_s)
+
+
 async def play(session: ClientSession, planned: PlannedSession, first: int = 0, last: int | None = None) -> list[str]:
     """Send rounds [first, last) one after the other, each compared with the truth; where each prefill ran."""
     placements = []
     for index in range(first, len(planned.rounds) if last is None else last):
         new, num_output = planned.rounds[index]
-        stream = await session.submit(new, stop=StopConditions(max_output_tokens=num_output, ignore_eos=True))
-        result = await stream.result()
+        stop = StopConditions(max_output_tokens=num_output, ignore_eos=True)
+        result = await (await submit_when_there_is_room(session, new, stop)).result()
         assert tuple(result.token_ids) == planned.expected[index], f"round {index} of session {session.id}"
         placements.append(result.usage.prefill)
     return placements

@@ -74,7 +74,7 @@ def test_the_offending_field_is_named(fields: object, named: str) -> None:
     ],
 )
 def test_bad_json_is_refused(text: bytes, named: str) -> None:
-    assert named in refuse(text)
+    assert named in refuse(text).lower()
 
 
 @pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1a", b"[", b'{"a":', b'[{"a":'])
