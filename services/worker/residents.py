@@ -83,7 +83,7 @@ class Residents:
         if len(self._entries) < self._max_residents:
             return True
         evictable = [kv for kv in self._entries.values() if not kv.pinned]
-        victim = self._scheduler.choose_victim(evictable, self._engine.clock())
+        victim = self._scheduler.memory.choose_victim(evictable, self._engine.clock())
         if victim is None:
             return False
         self.drop(victim.key)

@@ -95,7 +95,7 @@ class EngineLoop:
             self.host_tier = HostTier(
                 self.runner.pool, num_blocks=num_blocks, retention=policy.retention, predictor=predictor
             )
-            self.scheduler.lower_tier = self.host_tier
+            self.scheduler.memory.lower_tier = self.host_tier
             self._host_read_s = host_read_s
 
     def submit(self, sequence: RunningSequence, on_token: TokenHandler) -> None:
@@ -142,7 +142,7 @@ class EngineLoop:
         """Blocks for positions [0, num_tokens), preempting if need be, at a moment when no forward pass runs."""
         while self._in_step:
             await self._step_ended.wait()
-        return self.scheduler.reserve_preempting(kv, num_tokens, arrival, now=self.clock())
+        return self.scheduler.preemption.reserve(kv, num_tokens, arrival, now=self.clock())
 
     def reserve_idle(self, kv: SessionKv, num_tokens: int, *, evict: bool = True, num_aside: int = 0) -> bool:
         """Blocks for positions [0, num_tokens), from what no running sequence holds, `num_aside` tokens left free; may

@@ -90,7 +90,7 @@ def test_idle_sessions_lose_their_kv_least_recently_used_first() -> None:
     run_step(scheduler)
     held = {key.session: len(kv.block_table) for key, kv in scheduler.sessions.items()}
     assert held == {"a": 0, "b": 3, "c": 4}
-    assert scheduler.num_evictions == 1
+    assert scheduler.memory.num_evictions == 1
 
 
 def test_pinned_and_waiting_sessions_are_never_evicted_or_preempted() -> None:
@@ -233,7 +233,7 @@ def test_no_prefill_begins_that_could_not_be_held_to_its_end() -> None:
     scheduler.remove(first, 0.0)
     while second.kv.num_missing > 1:
         assert run_step(scheduler)
-    assert scheduler.num_preemptions == 0
+    assert scheduler.preemption.num_preemptions == 0
 
 
 @pytest.mark.parametrize(("order", "num_items"), [("fcfs", 1), ("window", 1), ("moore_hodgson", 2)])
@@ -373,7 +373,7 @@ def test_nothing_is_evicted_in_vain() -> None:
     assert not scheduler.reserve(asking, 4 * 9)
     assert not scheduler.reserve(asking, 4 * 6, evict=False)
     assert len(idle.kv.block_table) == 3
-    assert scheduler.num_evictions == 0
+    assert scheduler.memory.num_evictions == 0
 
 
 @pytest.mark.parametrize(("retention", "victim"), [("lru", "old"), ("ttl", "overdue"), ("expected_return", "resident")])
@@ -387,7 +387,7 @@ def test_retention_chooses_whose_kv_goes(retention: RetentionName, victim: str) 
         sequence.kv.gaps.add(gap_s)
         sequence.kv.resident = name == "resident"
     follow(scheduler, retention=retention, predictor=StepPredictor(_with_fast_link()))
-    chosen = scheduler.choose_victim(scheduler.sessions.values(), 45.0)
+    chosen = scheduler.memory.choose_victim(scheduler.sessions.values(), 45.0)
     assert chosen is not None
     assert chosen.key.session == victim
 
@@ -509,7 +509,7 @@ class FakeTier:
 def test_a_preempted_round_comes_back_from_the_lower_tier_and_is_due_at_once() -> None:
     scheduler, tier = make_scheduler(num_blocks=9, prefill=40), FakeTier()
     follow(scheduler, order="moore_hodgson")
-    scheduler.lower_tier = tier
+    scheduler.memory.lower_tier = tier
     old, young = add_session(scheduler, "old", 15, 0.0), add_session(scheduler, "young", 15, 1.0)
     while young.num_preemptions == 0:
         run_step(scheduler)
@@ -538,7 +538,7 @@ def test_one_further_behind_in_the_order_yields_its_room_and_keeps_its_kv_below(
     """`first` has begun and is the oldest, but due last: `urgent` takes its place, and its work is not lost."""
     scheduler, tier = make_scheduler(num_blocks=17, prefill=16), FakeTier()
     follow(scheduler, order="moore_hodgson")
-    scheduler.lower_tier = tier
+    scheduler.memory.lower_tier = tier
     first = with_deadline(add_session(scheduler, "first", 40, 0.0), 50.0)
     run_step(scheduler)
     urgent = with_deadline(add_session(scheduler, "urgent", 40, 1.0), 10.0)
@@ -556,7 +556,7 @@ def test_one_further_behind_in_the_order_yields_its_room_and_keeps_its_kv_below(
 def test_who_has_aged_keeps_its_room() -> None:
     scheduler, tier = make_scheduler(num_blocks=17, prefill=16), FakeTier()
     follow(scheduler, order="moore_hodgson", ageing=1.0)
-    scheduler.lower_tier = tier
+    scheduler.memory.lower_tier = tier
     aged = with_deadline(add_session(scheduler, "aged", 40, 0.0), 0.001)
     run_step(scheduler)
     with_deadline(add_session(scheduler, "urgent", 40, 1.0), 10.0)
@@ -568,7 +568,7 @@ def test_who_has_aged_keeps_its_room() -> None:
 def test_nobody_yields_in_vain() -> None:
     scheduler, tier = make_scheduler(num_blocks=17, prefill=16), FakeTier()
     follow(scheduler, order="moore_hodgson")
-    scheduler.lower_tier = tier
+    scheduler.memory.lower_tier = tier
     blocker = add_session(scheduler, "blocker", 28, -1.0)
     run_step(scheduler)
     blocker.state = SequenceState.WAITING_KV  # its blocks are a transfer's
@@ -607,7 +607,7 @@ def test_with_a_lower_tier_every_round_ends_and_no_token_is_computed_twice(
 ) -> None:
     scheduler, tier = make_scheduler(num_blocks=num_blocks, chunk=chunk, prefill=2 * chunk), FakeTier()
     follow(scheduler, order=order)
-    scheduler.lower_tier = tier
+    scheduler.memory.lower_tier = tier
     running = []
     for index, (prompt, outputs) in enumerate(rounds):
         sequence = with_deadline(add_session(scheduler, str(index), prompt, float(index)), deadlines[index])

@@ -93,7 +93,9 @@ async def test_rounds_equal_generate(model_dir: Path, reference: torch.nn.Module
         loop_task.cancel()
         await asyncio.gather(loop_task, return_exceptions=True)
     if num_blocks < 100:
-        assert scheduler.num_preemptions + scheduler.num_evictions > 0, "the small pool was to be too small"
+        assert scheduler.preemption.num_preemptions + scheduler.memory.num_evictions > 0, (
+            "the small pool was to be too small"
+        )
     for key in list(scheduler.sessions):
         scheduler.drop(key)
     scheduler.check_integrity()

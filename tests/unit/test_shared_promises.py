@@ -114,7 +114,7 @@ def test_a_round_that_is_preempted_in_its_stream_ages_by_its_objective() -> None
     one = with_deadline(add_session(scheduler, "a", 16), 0.5)
     while not one.has_produced:
         run_step(scheduler)
-    scheduler._preempt(one, 60.0)
+    scheduler.preemption.preempt(one, 60.0)
     assert has_aged(one.as_waiting(), 60.0 + 8 * 0.5 + 1.0, 8.0)
 
 

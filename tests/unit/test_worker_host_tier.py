@@ -61,7 +61,7 @@ async def test_sessions_that_take_turns(host_kv_bytes: int, model_dir: Path, tmp
                 decoder.runtime.check_integrity()
                 if turn > 0 and host_kv_bytes == 1 << 30:
                     assert conversation.num_cached == len(conversation.tokens) - 15 - 8 - 1, "nothing computed again"
-        assert decoder.scheduler.num_evictions > 0
+        assert decoder.scheduler.memory.num_evictions > 0
         if host_kv_bytes == 0:
             assert tier is None
             return
@@ -87,7 +87,7 @@ async def test_rounds_that_take_each_others_room(order: str, model_dir: Path, tm
             assert unpack_token_ids(ended.output_token_ids) == reference(prompts[ended.session], 120)
             num_preemptions += ended.usage.num_preemptions
         tier = decoder.runtime.context.engine.host_tier
-        assert num_preemptions == decoder.scheduler.num_preemptions > 0
+        assert num_preemptions == decoder.scheduler.preemption.num_preemptions > 0
         assert tier.num_restored_tokens > 0
 
 
@@ -190,7 +190,7 @@ class TierOnMemory:
     def __init__(self, num_blocks: int, num_host_blocks: int) -> None:
         self.memory = HostKvMemory(KvLayout("model", 2, 1, 8, BLOCK, "float32"), num_blocks)
         self.scheduler = Scheduler(BlockAllocator(num_blocks, BLOCK))
-        self.tier = self.scheduler.lower_tier = HostTier(self.memory, num_blocks=num_host_blocks)
+        self.tier = self.scheduler.memory.lower_tier = HostTier(self.memory, num_blocks=num_host_blocks)
 
     def add(self, name: str, num_tokens: int, last_used: float) -> SessionKv:
         key = SessionKey("t", name)
@@ -223,7 +223,7 @@ def test_tails_evicted_one_after_the_other_come_back_as_one() -> None:
     on = TierOnMemory(num_blocks=41, num_host_blocks=100)
     kv = on.add("a", 39 * BLOCK + 1, 0.0)
     for wanted in (1, 8, 3):
-        on.scheduler._evict(kv, wanted, 0.0)
+        on.scheduler.memory.evict(kv, wanted, 0.0)
         on.scheduler.check_integrity()
     assert kv.num_kv == 16 * BLOCK
     assert on.tier.num_tokens == 23 * BLOCK + 1
@@ -234,8 +234,8 @@ def test_tails_evicted_one_after_the_other_come_back_as_one() -> None:
 def test_a_full_tier_gives_up_the_tail_of_the_least_recently_used() -> None:
     on = TierOnMemory(num_blocks=41, num_host_blocks=12)
     old, young = on.add("a", 8 * BLOCK, 0.0), on.add("b", 8 * BLOCK, 1.0)
-    on.scheduler._evict(old, 8, 2.0)
-    on.scheduler._evict(young, 8, 2.0)
+    on.scheduler.memory.evict(old, 8, 2.0)
+    on.scheduler.memory.evict(young, 8, 2.0)
     on.scheduler.check_integrity()
     assert (on.restore(young), on.restore(old)) == (8 * BLOCK, 4 * BLOCK)
 
@@ -243,20 +243,20 @@ def test_a_full_tier_gives_up_the_tail_of_the_least_recently_used() -> None:
 def test_more_than_the_tier_holds_is_kept_from_its_start() -> None:
     on = TierOnMemory(num_blocks=41, num_host_blocks=3)
     kv = on.add("a", 8 * BLOCK, 0.0)
-    on.scheduler._evict(kv, 8, 0.0)
+    on.scheduler.memory.evict(kv, 8, 0.0)
     assert on.restore(kv) == 3 * BLOCK
 
 
 def test_a_gap_or_other_tokens_end_an_entry() -> None:
     on = TierOnMemory(num_blocks=41, num_host_blocks=30)
     gap, other = on.add("a", 16 * BLOCK, 0.0), on.add("b", 16 * BLOCK, 0.0)
-    on.scheduler._evict(gap, 8, 0.0)
+    on.scheduler.memory.evict(gap, 8, 0.0)
     on.scheduler.truncate(gap, 4 * BLOCK)  # preempted since
     assert on.restore(gap) == 4 * BLOCK
-    on.scheduler._evict(other, 8, 0.0)
+    on.scheduler.memory.evict(other, 8, 0.0)
     other.tokens[-1] += 1
     assert on.restore(other) == 8 * BLOCK
-    on.scheduler._evict(other, 8, 0.0)
+    on.scheduler.memory.evict(other, 8, 0.0)
     on.scheduler.drop(other.key)
     on.scheduler.check_integrity()
     assert on.tier.num_tokens == 0
