@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+from loadgen.plan import PlannedSession
 from loadgen.workload import Workload
 from planner.simulator.cluster import Cluster, WorkerGroup
 from planner.simulator.scenario import Scenario, plan_at
@@ -27,12 +29,13 @@ SMALLEST_ROOM = 100_000  # KV tokens of a worker for the degree that objectives 
 CHUNKS = (512, 256, 1_024, 2_048)
 PREFILL_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)
 
+# duration: what is measured, after a warm-up as long as sessions take
 _TRACES: dict[str, dict[str, Any]] = {
-    "claude_code": {"file": "claude_code_kvct.jsonl", "duration": 1_300.0, "warm_up_s": 500.0},
-    "mooncake": {"file": "mooncake_conversation.jsonl", "duration": 220.0, "warm_up_s": 60.0},
+    "claude_code": {"file": "claude_code_kvct.jsonl", "duration": 1_000.0},
+    "mooncake": {"file": "mooncake_conversation.jsonl", "duration": 120.0},
     # no tool times are known for these two: one second, a search or an API call
-    "hotpotqa": {"file": "hotpotqa_react.jsonl", "duration": 14.0, "warm_up_s": 4.0, "unknown_delay": 1.0},
-    "toolbench": {"file": "toolbench.jsonl", "duration": 14.0, "warm_up_s": 4.0, "unknown_delay": 1.0},
+    "hotpotqa": {"file": "hotpotqa_react.jsonl", "duration": 12.0, "unknown_delay": 1.0},
+    "toolbench": {"file": "toolbench.jsonl", "duration": 20.0, "unknown_delay": 1.0},
 }
 
 
@@ -78,7 +81,6 @@ class Candidate:
 def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_factor: float = TTFT_FACTOR) -> Cell:
     profile = load_profile(profile_name)
     fields = dict(_TRACES[workload_name])
-    warm_up_s = fields.pop("warm_up_s")
     workload = Workload(
         file=str(traces / fields.pop("file")),
         rate=1.0,  # of each run its own
@@ -86,7 +88,10 @@ def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_facto
         max_delay=MAX_DELAY_S,
         **fields,
     )
-    slo, mean_work_s, longest = choose_slo(profile, workload, ttft_factor)
+    sessions = plan_at(replace(workload, duration=NUM_SLO_SESSIONS), 1.0, 0).sessions
+    slo, mean_work_s = choose_slo(profile, sessions, ttft_factor)
+    warm_up_s = choose_warm_up_s(sessions, slo)
+    workload = replace(workload, duration=warm_up_s + fields["duration"])
     degree = smallest_degree(profile)
     saturation = NUM_DEVICES / degree / mean_work_s  # sessions a second of prefill alone
     return Cell(
@@ -97,7 +102,7 @@ def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_facto
         slo=slo,
         lowest_rate=saturation / 300,
         first_rate=saturation / 3,
-        longest_context=longest,
+        longest_context=max(session.num_tokens for session in sessions),
     )
 
 
@@ -105,14 +110,18 @@ def smallest_degree(profile: Profile) -> int:
     return next(one.parallel_degree for one in profile.degrees if one.num_kv_tokens >= SMALLEST_ROOM)
 
 
-def choose_slo(profile: Profile, workload: Workload, ttft_factor: float) -> tuple[Slo, float, int]:
-    """(objectives, seconds of prefill a session, the longest context).
+def choose_warm_up_s(sessions: Sequence[PlannedSession], slo: Slo) -> float:
+    """The 90th percentile of how long sessions take whose tokens are just on time: before that the cluster still fills,
+    and a rate that it cannot sustain looks as if it could."""
+    taken_s = sorted(sum(one.delay_s + one.output_tokens * slo.itl_s for one in session.rounds) for session in sessions)
+    return float(ceil(taken_s[int(0.9 * len(taken_s))]))
 
-    Multiples of what an idle worker of the smallest fitting degree does.
-    """
+
+def choose_slo(profile: Profile, sessions: Sequence[PlannedSession], ttft_factor: float) -> tuple[Slo, float]:
+    """(objectives, seconds of prefill a session): multiples of what an idle worker of the smallest fitting degree
+    does."""
     costs = StepCosts.from_profile(profile, smallest_degree(profile))
     times: list[float] = []
-    sessions = plan_at(replace(workload, duration=NUM_SLO_SESSIONS), 1.0, 0).sessions
     for session in sessions:
         history = 0
         for planned in session.rounds:
@@ -122,7 +131,7 @@ def choose_slo(profile: Profile, workload: Workload, ttft_factor: float) -> tupl
     ttft_s = ttft_factor * times[int(0.9 * len(times))]
     itl_s = ITL_FACTOR * costs.decode_step_s(1, 4_096)
     slo = Slo(ttft_s=float(f"{ttft_s:.2g}"), itl_s=float(f"{itl_s:.2g}"))
-    return slo, sum(times) / len(sessions), max(session.num_tokens for session in sessions)
+    return slo, sum(times) / len(sessions)
 
 
 def list_clusters(cell: Cell, policy_name: str) -> list[tuple[WorkerGroup, ...]]:
