@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from planner.planning.plan_command import add_plan_command
 from planner.profile_command import add_profile_command
 from planner.simulator.simulate_command import add_simulate_command
 from shared.engine.names import EngineName
@@ -224,6 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=_integer(0), help="makes sampled rounds repeatable")
 
     add_simulate_command(commands)
+    add_plan_command(commands)
     add_profile_command(commands)
     return parser
 

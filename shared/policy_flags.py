@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 DEFAULT_POLICY = "ampd"
 
 
-def add_policy_flags(parser: argparse.ArgumentParser) -> None:
+def add_policy_flags(parser: argparse.ArgumentParser, *, default: str = DEFAULT_POLICY) -> None:
     add = parser.add_argument
     policy_help = "how rounds are scheduled: %(choices)s (default: %(default)s)"
-    add("--policy", choices=Names("POLICIES"), default=DEFAULT_POLICY, metavar="P", help=policy_help)
+    add("--policy", choices=Names("POLICIES"), default=default, metavar="P", help=policy_help)
     disable_help = "switch off a part of the policy, repeatable: %(choices)s"
     add("--disable", choices=Names("PARTS"), action="append", default=[], metavar="PART", help=disable_help)
     option_help = "a parameter of the policy, repeatable: routing.alpha=0.5, routing.chunk.chunk_tokens=1024"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from loadgen.plan import PlannedSession
 from loadgen.workload import Workload
 from planner.simulator.cluster import Cluster, WorkerGroup
-from planner.simulator.scenario import Scenario, plan_at
+from planner.simulator.scenario import Scenario, choose_warm_up_s, plan_at
 from shared.core.policies import SchedulingPolicy, find_policy, with_options
 from shared.core.profile import Profile
 from shared.core.step_costs import StepCosts
@@ -108,13 +107,6 @@ def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_facto
 
 def smallest_degree(profile: Profile) -> int:
     return next(one.parallel_degree for one in profile.degrees if one.num_kv_tokens >= SMALLEST_ROOM)
-
-
-def choose_warm_up_s(sessions: Sequence[PlannedSession], slo: Slo) -> float:
-    """The 90th percentile of how long sessions take whose tokens are just on time: before that the cluster still fills,
-    and a rate that it cannot sustain looks as if it could."""
-    taken_s = sorted(sum(one.delay_s + one.output_tokens * slo.itl_s for one in session.rounds) for session in sessions)
-    return float(ceil(taken_s[int(0.9 * len(taken_s))]))
 
 
 def choose_slo(profile: Profile, sessions: Sequence[PlannedSession], ttft_factor: float) -> tuple[Slo, float]:

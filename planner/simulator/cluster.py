@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from planner.simulator.event_heap import EventHeap
@@ -18,9 +19,12 @@ from shared.messages import Role, Slo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerGroup:
+    """`profile`: of another GPU type than the cluster's own."""
+
     role: Role
     count: int
     parallel_degree: int
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +59,20 @@ def build_workers(
     slo: Slo,
 ) -> list[SimWorker]:
     """Workers fill the nodes one after another. Raises AmpdError for a cluster that cannot serve."""
-    profile = cluster.profile
     if not any(group.count for group in cluster.groups if group.role != "prefill"):
         raise AmpdError(ErrorCode.INVALID_REQUEST, "no worker decodes: give at least one with --decode or --both")
     workers: list[SimWorker] = []
+    numbers: Counter[str] = Counter()
     num_devices = 0
     for group in cluster.groups:
-        for index in range(group.count):
+        profile = group.profile or cluster.profile
+        for _ in range(group.count):
             true_costs = StepCosts.from_profile(profile, group.parallel_degree)
             believed = StepCosts.from_profile(profile, group.parallel_degree, scale=cluster.predicted_scale)
             if cluster.kv_tokens is not None:
                 true_costs.num_kv_tokens = cluster.kv_tokens
             load = WorkerLoad(
-                worker_id=f"{group.role}-{index:03d}",
+                worker_id=f"{group.role}-{numbers[group.role]:03d}",
                 incarnation=1,
                 role=group.role,
                 costs=believed,
@@ -90,5 +95,6 @@ def build_workers(
                     pauses=cluster.pauses,
                 )
             )
+            numbers[group.role] += 1
             num_devices += group.parallel_degree
     return workers

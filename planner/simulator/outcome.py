@@ -21,9 +21,11 @@ class Outcome:
     session_attainment: float
     ttft_p50_s: float
     ttft_p90_s: float
+    ttft_p95_s: float
     ttft_p99_s: float
     ttft_max_s: float
     tpot_p50_s: float
+    tpot_p95_s: float
     tpot_p99_s: float
     local_share: float
     kv_gb_per_round: float
@@ -68,9 +70,11 @@ def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float =
         session_attainment=sum(sessions.values()) / max(1, len(sessions)),
         ttft_p50_s=_quantile(ttfts, 0.5),
         ttft_p90_s=_quantile(ttfts, 0.9),
+        ttft_p95_s=_quantile(ttfts, 0.95),
         ttft_p99_s=_quantile(ttfts, 0.99),
         ttft_max_s=ttfts[-1] if ttfts else 0.0,
         tpot_p50_s=_quantile(tpots, 0.5),
+        tpot_p95_s=_quantile(tpots, 0.95),
         tpot_p99_s=_quantile(tpots, 0.99),
         local_share=sum(r.decision is not None and not r.is_remote for r in measured) / max(1, num_prefills),
         kv_gb_per_round=result.kv_bytes_moved / 1e9 / max(1, len(result.rounds)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
-from loadgen.plan import Plan
+from loadgen.plan import Plan, PlannedSession
 from loadgen.traces import TraceSession, read_trace
 from loadgen.workload import Workload, choose_workload, plan_workload
 from planner.simulator.cluster import Cluster
@@ -57,6 +59,13 @@ class Scenario:
         if result.was_stopped:
             outcome = replace(outcome, attainment=0.0, attainment_p99_itl=0.0, session_attainment=0.0)
         return outcome, result
+
+
+def choose_warm_up_s(sessions: Sequence[PlannedSession], slo: Slo) -> float:
+    """The 90th percentile of how long sessions take whose tokens are just on time: before that the cluster still fills,
+    and a rate that it cannot sustain looks as if it could."""
+    taken_s = sorted(sum(one.delay_s + one.output_tokens * slo.itl_s for one in session.rounds) for session in sessions)
+    return float(ceil(taken_s[int(0.9 * len(taken_s))]))
 
 
 @lru_cache(maxsize=8)

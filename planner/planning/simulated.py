@@ -1,0 +1,113 @@
+"""The program's best plans, simulated with the policy that will run on them: the best of them is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from loadgen.workload import Workload
+from planner.planning.plans import SolvedPlan
+from planner.simulator.cluster import Cluster, WorkerGroup
+from planner.simulator.goodput import find_goodput
+from planner.simulator.outcome import Outcome
+from planner.simulator.scenario import Scenario
+from shared.core.policies import SchedulingPolicy
+from shared.core.profile import Profile
+from shared.messages import Slo
+
+MEASURED_ROUNDS = 3_000  # a run is measured for as many, or as long as MIN_MEASURED_S
+MIN_MEASURED_S = 10.0
+GAIN = 1.02  # a plan must do this much better to replace the best so far
+GROWTH = 1.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all plans are simulated with. `workload`: its rate is that of each run, its duration set here."""
+
+    profiles: Mapping[str, Profile]
+    workload: Workload
+    warm_up_s: float
+    rounds_per_session: float
+    policy: SchedulingPolicy
+    slo: Slo
+    target: float = 0.9
+    seed: int = 0
+
+    def scenario(self, plan: SolvedPlan, rate: float) -> Scenario:
+        measured_s = max(MIN_MEASURED_S, MEASURED_ROUNDS / (rate * self.rounds_per_session))
+        return Scenario(
+            workload=replace(self.workload, duration=self.warm_up_s + measured_s),
+            warm_up_s=self.warm_up_s,
+            cluster=make_cluster(plan, self.profiles),
+            policy=self.policy,
+            slo=self.slo,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """`goodput`: 0 when another plan was better and this one was not measured to its end."""
+
+    plan: SolvedPlan
+    rate: float
+    outcome: Outcome
+    goodput_sessions_per_s: float
+
+
+def make_cluster(plan: SolvedPlan, profiles: Mapping[str, Profile]) -> Cluster:
+    first = profiles[plan.workers[0].gpu_type]
+    groups = tuple(
+        WorkerGroup(
+            role=one.role,
+            count=one.replicas,
+            parallel_degree=one.parallel_degree,
+            profile=None if profiles[one.gpu_type] is first else profiles[one.gpu_type],
+        )
+        for one in plan.workers
+    )
+    return Cluster(profile=first, groups=groups)
+
+
+def simulate_at(setting: Setting, plan: SolvedPlan, rate: float) -> Outcome:
+    return setting.scenario(plan, rate).run(rate, setting.seed)[0]
+
+
+def choose_by_goodput(
+    setting: Setting, plans: Sequence[SolvedPlan], on_progress: Callable[[], None] = lambda: None
+) -> list[Simulated]:
+    """Best first. A plan that does not meet the target just above the best goodput so far is out after one run."""
+    best = 0.0
+    found: list[Simulated] = []
+    for plan in plans:
+        goodput = 0.0
+        scenario = setting.scenario(plan, plan.rate)
+        if best == 0.0 or _attains(scenario, best * GAIN, setting):
+            start = plan.rate if best == 0.0 else best * GAIN
+            result = find_goodput(
+                scenario, start=start, lowest=plan.rate / 20, target=setting.target, growth=GROWTH, seed=setting.seed
+            )
+            goodput = result.rate
+            best = max(best, goodput)
+        rate = goodput or best
+        outcome, _ = scenario.run(rate, setting.seed)
+        found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=goodput))
+        on_progress()
+    return sorted(found, key=lambda one: -one.goodput_sessions_per_s)
+
+
+def choose_by_attainment(
+    setting: Setting, plans: Sequence[SolvedPlan], rate: float, on_progress: Callable[[], None] = lambda: None
+) -> list[Simulated]:
+    """At a given rate: those that meet the target first, in the order of the program; then by attainment."""
+    found = []
+    for plan in plans:
+        outcome = simulate_at(setting, plan, rate)
+        found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=0.0))
+        on_progress()
+    return sorted(found, key=lambda one: -min(setting.target, one.outcome.attainment))
+
+
+def _attains(scenario: Scenario, rate: float, setting: Setting) -> bool:
+    outcome, _ = scenario.run(rate, setting.seed, needed_share=setting.target)
+    return outcome.attainment >= setting.target

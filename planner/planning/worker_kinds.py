@@ -1,0 +1,179 @@
+"""What a worker of one GPU type and parallel degree does with a workload, in numbers that a linear program can use.
+
+A worker spends its time in *operating modes*: a mixed step of B decodes and a chunk of prefill, as large as the ITL
+objective leaves room for. What it can do is any mixture of its modes (the convex hull of their rates), so that decode
+and prefill share a worker in one linear constraint, and no share between them is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.planning.workload_model import RoundShape, WorkloadModel
+from shared.core.profile import Profile
+from shared.core.step_costs import StepCosts
+from shared.messages import Slo
+
+PrefillClass = Literal["first", "later", "again"]
+PREFILL_CLASSES: tuple[PrefillClass, ...] = ("first", "later", "again")
+ITL_SHARE = 0.9  # of the ITL objective that a step may take, as the chunks of `adaptive`
+WAITING_SHARE = 0.5  # of the TTFT objective that a round's KV is taken to wait for its first token
+MAX_BATCH = 256  # sequences of a step, as the workers'
+BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+FULL_CHUNK = 8_192  # tokens of a step that only prefills
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """`batch` sequences decode in steps of `step_s`; `prefill_share` of the time is left for prefills."""
+
+    batch: int
+    step_s: float
+    prefill_share: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.step_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerKind:
+    """One GPU type and parallel degree, with the workload's mean costs per session.
+
+    work_s: seconds of a worker whose steps are full, for the prefills of a session: `first` rounds; `later` ones, whose
+    history is there; what it takes `again` where it has been dropped. late_share: rounds of each class whose prefill
+    alone misses the TTFT objective on such a worker.
+    """
+
+    gpu_type: str
+    profile: Profile
+    parallel_degree: int
+    costs: StepCosts
+    work_s: dict[PrefillClass, float]
+    alone_s: dict[PrefillClass, float]  # of one prefill, mean
+    late_share: dict[PrefillClass, float]
+    num_kv_tokens: int
+    num_host_tokens: int
+    can_prefill: bool
+    can_decode: bool
+    modes: tuple[Mode, ...]  # the one that only prefills comes first
+
+    @property
+    def name(self) -> str:
+        return f"{self.gpu_type} x {self.parallel_degree}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLoad:
+    """What a session needs on the way, whatever serves it. Means over the sessions.
+
+    KV in token-seconds: of rounds in flight, each with room to its end, whose tokens come at the pace of the objective
+    (chunks of prefill fill the steps, so they do), and of those whose tool runs. moved_tokens: KV over the links for a
+    remote prefill of each class.
+    """
+
+    num_rounds: float
+    output_tokens: float
+    decode_context: float  # mean over the tokens decoded
+    active_token_s: float
+    idle_token_s: float
+    moved_tokens: dict[PrefillClass, float]
+
+
+def measure_load(workload: WorkloadModel, slo: Slo) -> SessionLoad:
+    """A prefill worker keeps a session's KV: a later round moves what was produced and given since, there and back."""
+    mean = workload.mean_per_session
+    rounds = [one for session in workload.sessions for one in session]
+    later = [one for session in workload.sessions for one in session[1:]]
+    output_tokens = mean([one.num_output_tokens for one in rounds])
+    active_s = [WAITING_SHARE * slo.ttft_s + one.num_output_tokens * ITL_SHARE * slo.itl_s for one in rounds]
+    decoded = [one.num_output_tokens * (one.num_prompt_tokens + one.num_output_tokens / 2) for one in rounds]
+    return SessionLoad(
+        num_rounds=workload.num_rounds / len(workload.sessions),
+        output_tokens=output_tokens,
+        decode_context=mean(decoded) / output_tokens if output_tokens else 0.0,
+        active_token_s=mean([one.num_total_tokens * time_s for one, time_s in zip(rounds, active_s, strict=True)]),
+        idle_token_s=mean([one.delay_s * one.num_history_tokens for one in later]),
+        moved_tokens={
+            "first": mean([session[0].num_input_tokens for session in workload.sessions]),
+            "later": mean([_produced_before(session, index) + one.num_input_tokens for session in workload.sessions
+                           for index, one in enumerate(session) if index]),
+            "again": mean([one.num_history_tokens for one in later]),
+        },
+    )  # fmt: skip
+
+
+def _produced_before(session: tuple[RoundShape, ...], index: int) -> int:
+    return session[index - 1].num_output_tokens
+
+
+def measure_kind(
+    gpu_type: str, profile: Profile, parallel_degree: int, workload: WorkloadModel, load: SessionLoad, slo: Slo
+) -> WorkerKind:
+    """Raises AmpdError INVALID_REQUEST for a degree that the profile does not have."""
+    costs = StepCosts.from_profile(profile, parallel_degree)
+    first = [(0, session[0].num_input_tokens) for session in workload.sessions]
+    later = [(one.num_history_tokens, one.num_input_tokens) for session in workload.sessions for one in session[1:]]
+    whole = [(0, history + new) for history, new in later]
+    mean = workload.mean_per_session
+    later_work_s = mean([costs.work_s(*one) for one in later])
+    alone = {name: [costs.prefill_s(*one) for one in asked] for name, asked in _classes(first, later, whole)}
+    longest = workload.longest_context
+    modes = list_modes(costs, load, slo.itl_s)
+    return WorkerKind(
+        gpu_type=gpu_type,
+        profile=profile,
+        parallel_degree=parallel_degree,
+        costs=costs,
+        work_s={
+            "first": mean([costs.work_s(*one) for one in first]),
+            "later": later_work_s,
+            "again": mean([costs.work_s(*one) for one in whole]) - later_work_s,
+        },
+        alone_s={name: sum(times) / max(1, len(times)) for name, times in alone.items()},
+        late_share={name: sum(t > slo.ttft_s for t in times) / max(1, len(times)) for name, times in alone.items()},
+        num_kv_tokens=costs.num_kv_tokens,
+        num_host_tokens=profile.host_kv_bytes * parallel_degree // profile.kv_bytes_per_token,
+        can_prefill=costs.num_kv_tokens >= longest / 2,  # it may have to yield room, and holds one at least
+        can_decode=costs.num_kv_tokens >= longest and len(modes) > 1,
+        modes=modes,
+    )
+
+
+def _classes(
+    first: list[tuple[int, int]], later: list[tuple[int, int]], whole: list[tuple[int, int]]
+) -> list[tuple[PrefillClass, list[tuple[int, int]]]]:
+    return [("first", first), ("later", later), ("again", whole)]
+
+
+def list_modes(costs: StepCosts, load: SessionLoad, itl_slo_s: float) -> tuple[Mode, ...]:
+    """Only prefill; and for each batch size whose step keeps to the objective: with nothing beside it, and with the
+    chunk that fills the step. A decode step of one sequence that is over the objective leaves only the first."""
+    limit_s = ITL_SHARE * itl_slo_s
+    context = max(1.0, load.decode_context)
+    modes = [Mode(0, 1.0, 1.0)]
+    for batch in sorted({*BATCHES, _largest_batch(costs, context, limit_s)}):
+        if batch < 1 or batch > MAX_BATCH:
+            continue
+        step_s = costs.decode_step_s(batch, context)
+        if step_s > limit_s:
+            break
+        modes.append(Mode(batch, step_s, 0.0))
+        chunk = min(FULL_CHUNK, costs.largest_chunk(batch, context, round(context), limit_s))
+        if chunk > 0:
+            mixed_s = costs.step_s(batch, context, ((round(context), chunk),))
+            # in seconds of a worker whose steps are full, as work_s
+            modes.append(Mode(batch, mixed_s, min(1.0, costs.work_s(round(context), chunk) / mixed_s)))
+    return tuple(modes)
+
+
+def _largest_batch(costs: StepCosts, context: float, limit_s: float) -> int:
+    low, high = 0, MAX_BATCH
+    while low < high:
+        middle = (low + high + 1) // 2
+        if costs.decode_step_s(middle, context) <= limit_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low
