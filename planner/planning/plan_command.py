@@ -32,6 +32,7 @@ EXAMPLE = """example:
     --objective min-gpus --ttft-slo 0.5 --itl-slo 0.05 --out out/plan"""
 DEFAULT_PLANS = 4
 FURTHER = (1, 2, 4, 8)
+MARGINS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)  # of the rate: what the program did not foresee
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -98,6 +99,10 @@ def command_plan(arguments: argparse.Namespace) -> int:
 
 
 def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
+    """The fewest GPUs are planned for a higher rate where the simulation misses the target at the one that is asked
+    for. Raises AmpdError INVALID_REQUEST."""
+    from dataclasses import replace
+
     from planner.planning.infeasible import explain_infeasible
     from planner.planning.plan_file import PlanReport
     from planner.planning.prediction import predict
@@ -111,10 +116,18 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
     slo = read_slo(arguments.ttft_slo, arguments.itl_slo)
     workload, model, warm_up_s = read_model(arguments, profiles, slo)
     problem = make_problem(profiles, gpus, model, slo, target=arguments.target)
-    plans = list_plans(problem, arguments)
+    plans: list[SolvedPlan] = []
+    simulated: list[Simulated] = []
+    for margin in MARGINS if arguments.objective == "min-gpus" else MARGINS[:1]:
+        more = list_plans(replace(problem, rate=margin * problem.rate), arguments)
+        if not more:
+            break
+        plans = more
+        simulated = simulate_plans(arguments, profiles, workload, model, warm_up_s, slo, plans, console)
+        if not simulated or simulated[0].outcome.attainment >= arguments.target:
+            break
     if not plans:
         raise explain_infeasible(problem, model, slo)
-    simulated = simulate_plans(arguments, profiles, workload, model, warm_up_s, slo, plans, console)
     plan = simulated[0].plan if simulated else plans[0]
     rate = plan.rate if arguments.objective == "goodput" else problem.rate
     return PlanReport(

@@ -133,8 +133,14 @@ def describe_plan(report: PlanReport) -> str:
     theirs = _list_simulated(report.simulated[0]) if report.simulated else (None,) * len(ours)
     rows = zip(ROWS, ours, theirs, strict=True)
     lines += [f"| {name} | {_number(one)} | {_number(other)} |" for name, one, other in rows]
-    lines += ["", "## What limits it", ""]
-    lines += [f"- {name}: {_number(gain)} sessions/s for one more" for name, gain in predicted.binding[:MAX_BINDING]]
+    lines += [
+        "",
+        "## What limits it",
+        "",
+        "Share of the limit: 100 % means that one percent more of it raises the capacity by one percent.",
+        "",
+    ]
+    lines += [f"- {name}: {gain:.0%}" for name, gain in predicted.binding[:MAX_BINDING]]
     lines += ["", "## What further GPUs would bring", ""]
     lines += [
         f"- {number} {gpu_type} more: {gain:+.4g} sessions/s"
@@ -162,7 +168,7 @@ def _list_simulated(one: Simulated) -> tuple[float, ...]:
 def _describe_other(one: Simulated) -> str:
     if one.goodput_sessions_per_s:
         return f"{one.goodput_sessions_per_s:.4g} sessions/s"
-    return f"{one.outcome.attainment:.1%} of the rounds on time where the best has its goodput"
+    return f"{one.outcome.attainment:.1%} of the rounds on time at {one.rate:.4g} sessions/s"
 
 
 def _number(value: float | None) -> str:

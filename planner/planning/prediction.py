@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from planner.planning.linear_program import LinearProgram
 from planner.planning.plans import SolvedPlan, fix_plan
 from planner.planning.program import PlanProblem, PlanProgram
 from planner.planning.queueing import missed_share, wait_quantile_s
@@ -14,14 +13,14 @@ from planner.planning.worker_kinds import PREFILL_CLASSES, PrefillClass, WorkerK
 from shared.messages import Slo
 
 NUM_BISECTIONS = 40
-EPSILON = 1e-9
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """At `rate` sessions per second. capacity: what the workers sustain when they are always busy; goodput: the highest
-    rate with the problem's target of rounds on time. `binding`: constraints that limit it, and by how much one unit
-    more of each raises it."""
+    rate with the problem's target of rounds on time. `binding`: what limits the capacity, and by how many percent one
+    percent more of it would raise that."""
 
     rate: float
     attainment: float
@@ -62,18 +61,20 @@ def predict(problem: PlanProblem, plan: SolvedPlan, rate: float, slo: Slo) -> Pr
         capacity_sessions_per_s=capacity,
         goodput_sessions_per_s=capacity * _find_utilisation(pool, problem, slo),
         local_share=pool.local_share,
-        binding=tuple(_list_binding(lp, solution)),
+        binding=tuple(_list_binding(program, solution)),
     )
 
 
-def _list_binding(lp: LinearProgram, solution: Solution) -> list[tuple[str, float]]:
-    """Rows that hold back the rate, the strongest first. Those of workers that the plan does not have say only what
-    such a worker would bring."""
+def _list_binding(program: PlanProgram, solution: Solution) -> list[tuple[str, float]]:
+    """What holds back the rate, the strongest first: by how many percent it rises for one percent more of each. The
+    flows are homogeneous in the rate and in what the workers supply, so the numbers add up to 1."""
+    counts, rate = set(program.counts), solution.values[program.rate]
     binding = []
-    for row, dual in zip(lp.rows, solution.duals, strict=True):
-        is_used = any(abs(solution.values[index]) > EPSILON for index in row.coefficients)
-        if -dual > EPSILON and is_used:
-            binding.append((row.name, -dual))
+    for row, dual in zip(program.lp.rows, solution.duals, strict=True):
+        supplied = -sum(c * solution.values[index] for index, c in row.coefficients.items() if index in counts)
+        elasticity = -dual * supplied / rate
+        if elasticity > EPSILON:
+            binding.append((row.name, elasticity))
     return sorted(binding, key=lambda one: -one[1])
 
 
@@ -96,8 +97,7 @@ def _find_utilisation(pool: _Pool, problem: PlanProblem, slo: Slo) -> float:
 
 def _measure_pool(program: PlanProgram, values: tuple[float, ...]) -> _Pool:
     problem = program.problem
-    later = problem.load.num_rounds - 1.0
-    rounds: dict[PrefillClass, float] = {"first": 1.0, "later": later, "again": 0.0}  # `again` comes with `later`
+    rounds = {**problem.load.rounds, "again": 0.0}  # they come with `later`
     total = alone = late = work = local = 0.0
     for name, kind, flow, is_local in _flows(program, values):
         num = flow * rounds[name]

@@ -208,10 +208,8 @@ def _move_kv(program: PlanProgram) -> None:
 def _bound_misses(program: PlanProgram) -> None:
     """Rounds that are late even alone on their worker, against what may be missed."""
     problem = program.problem
-    later = problem.load.num_rounds - 1.0
-    rounds = {"first": 1.0, "later": later, "again": later}
     missed = {
-        variable: rounds[name] * problem.kinds[place].late_share[name]
+        variable: problem.load.rounds[name] * problem.kinds[place].late_share[name]
         for table in (program.remote, program.local)
         for (name, place), variable in table.items()
     }

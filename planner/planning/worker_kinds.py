@@ -7,10 +7,11 @@ and prefill share a worker in one linear constraint, and no share between them i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.planning.workload_model import RoundShape, WorkloadModel
+from planner.planning.workload_model import RoundShape, SessionShape, WorkloadModel
 from shared.core.profile import Profile
 from shared.core.step_costs import StepCosts
 from shared.messages import Slo
@@ -73,39 +74,55 @@ class SessionLoad:
     remote prefill of each class.
     """
 
-    num_rounds: float
+    rounds: dict[PrefillClass, float]  # `again` are rounds of `later` too
     output_tokens: float
     decode_context: float  # mean over the tokens decoded
     active_token_s: float
     idle_token_s: float
     moved_tokens: dict[PrefillClass, float]
 
+    @property
+    def num_rounds(self) -> float:
+        return self.rounds["first"] + self.rounds["later"]
+
 
 def measure_load(workload: WorkloadModel, slo: Slo) -> SessionLoad:
     """A prefill worker keeps a session's KV: a later round moves what was produced and given since, there and back."""
     mean = workload.mean_per_session
     rounds = [one for session in workload.sessions for one in session]
-    later = [one for session in workload.sessions for one in session[1:]]
+    first, later = split_rounds(rounds)
     output_tokens = mean([one.num_output_tokens for one in rounds])
     active_s = [WAITING_SHARE * slo.ttft_s + one.num_output_tokens * ITL_SHARE * slo.itl_s for one in rounds]
     decoded = [one.num_output_tokens * (one.num_prompt_tokens + one.num_output_tokens / 2) for one in rounds]
     return SessionLoad(
-        num_rounds=workload.num_rounds / len(workload.sessions),
+        rounds={
+            "first": len(first) / len(workload.sessions),
+            "later": len(later) / len(workload.sessions),
+            "again": len(later) / len(workload.sessions),
+        },
         output_tokens=output_tokens,
         decode_context=mean(decoded) / output_tokens if output_tokens else 0.0,
         active_token_s=mean([one.num_total_tokens * time_s for one, time_s in zip(rounds, active_s, strict=True)]),
         idle_token_s=mean([one.delay_s * one.num_history_tokens for one in later]),
         moved_tokens={
-            "first": mean([session[0].num_input_tokens for session in workload.sessions]),
-            "later": mean([_produced_before(session, index) + one.num_input_tokens for session in workload.sessions
-                           for index, one in enumerate(session) if index]),
+            "first": mean([one.num_input_tokens for one in first]),
+            "later": mean([_count_missing(session, index) for session in workload.sessions
+                           for index, one in enumerate(session) if one.num_history_tokens]),
             "again": mean([one.num_history_tokens for one in later]),
         },
     )  # fmt: skip
 
 
-def _produced_before(session: tuple[RoundShape, ...], index: int) -> int:
-    return session[index - 1].num_output_tokens
+def split_rounds(rounds: Sequence[RoundShape]) -> tuple[list[RoundShape], list[RoundShape]]:
+    """(those that begin a session, those with a history). A session whose beginning was not seen has only these."""
+    return [one for one in rounds if not one.num_history_tokens], [one for one in rounds if one.num_history_tokens]
+
+
+def _count_missing(session: SessionShape, index: int) -> int:
+    """Tokens that a worker which prefilled the round before does not have: that round's output (taken to be as long as
+    this one's where it was not seen), and the new input."""
+    before = session[max(0, index - 1)]
+    return before.num_output_tokens + session[index].num_input_tokens
 
 
 def measure_kind(
@@ -113,8 +130,9 @@ def measure_kind(
 ) -> WorkerKind:
     """Raises AmpdError INVALID_REQUEST for a degree that the profile does not have."""
     costs = StepCosts.from_profile(profile, parallel_degree)
-    first = [(0, session[0].num_input_tokens) for session in workload.sessions]
-    later = [(one.num_history_tokens, one.num_input_tokens) for session in workload.sessions for one in session[1:]]
+    begun, gone_on = split_rounds([one for session in workload.sessions for one in session])
+    first = [(0, one.num_input_tokens) for one in begun]
+    later = [(one.num_history_tokens, one.num_input_tokens) for one in gone_on]
     whole = [(0, history + new) for history, new in later]
     mean = workload.mean_per_session
     later_work_s = mean([costs.work_s(*one) for one in later])
