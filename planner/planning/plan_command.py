@@ -151,7 +151,7 @@ def read_gpus(arguments: argparse.Namespace) -> dict[str, int]:
     if (arguments.gpus is None) == (arguments.gpu_types is None):
         raise AmpdError(ErrorCode.INVALID_REQUEST, "give --gpus N, or --gpu-types TYPE:N,..., and not both")
     if arguments.gpu_types is None:
-        return {Path(arguments.profile).stem.split("-")[0]: arguments.gpus}
+        return {split_profile_name(arguments.profile)[0]: arguments.gpus}
     gpus: dict[str, int] = {}
     for part in arguments.gpu_types.split(","):
         gpu_type, colon, number = part.strip().partition(":")
@@ -168,14 +168,21 @@ def load_profile_of(name: str, gpu_type: str) -> Profile:
     """`name` itself for its own GPU type; for another the profile of the same model that ships."""
     from shared.profile_files import load_profile
 
-    own, _, model = Path(name).stem.partition("-")
+    own, model = split_profile_name(name)
     return load_profile(name if own == gpu_type else f"{gpu_type}-{model}")
+
+
+def split_profile_name(name: str) -> tuple[str, str]:
+    """(GPU type, model) of a shipped profile's name or of a file's. Names have dots: h100-llama-3.1-70b."""
+    own, _, model = Path(name).name.removesuffix(".json").partition("-")
+    return own, model
 
 
 def read_model(
     arguments: argparse.Namespace, profiles: Mapping[str, Profile], slo: Slo
 ) -> tuple[Workload, WorkloadModel, float]:
     """(what is simulated, what is planned for, how long to warm up)."""
+    from loadgen.plan import recorded_arrivals
     from loadgen.traces import read_trace
     from loadgen.workload import Workload, choose_workload, plan_workload
     from planner.planning.workload_model import measure_burstiness, model_sessions
@@ -198,7 +205,7 @@ def read_model(
     recorded = sorted(one.arrival_s for one in trace if one.arrival_known)
     rate, burstiness = arguments.rate, 1.0
     if len(recorded) == len(trace) and len(trace) > 1 and recorded[-1] > recorded[0]:
-        burstiness = measure_burstiness(recorded)
+        burstiness = measure_burstiness(sorted(recorded_arrivals(trace, rate=None, seed=arguments.seed)))
         rate = rate or (len(trace) - 1) / (recorded[-1] - recorded[0])
     if rate is None:
         if arguments.objective != "goodput":
@@ -268,13 +275,14 @@ def show_progress(console: Console, num_plans: int) -> Iterator[Callable[[], Non
 
 
 def measure_gains(problem: PlanProblem) -> dict[str, dict[int, float]]:
-    """What the program's capacity gains by further GPUs of each type."""
+    """What the program's capacity gains by further GPUs of each type. It never loses: what is below is the gap at which
+    the solver stops."""
     from dataclasses import replace
 
     now = _capacity(problem)
     return {
         gpu_type: {
-            n: _capacity(replace(problem, gpus={**problem.gpus, gpu_type: problem.gpus[gpu_type] + n})) - now
+            n: max(0.0, _capacity(replace(problem, gpus={**problem.gpus, gpu_type: problem.gpus[gpu_type] + n})) - now)
             for n in FURTHER
         }
         for gpu_type in problem.gpus
@@ -296,4 +304,4 @@ def _capacity(problem: PlanProblem) -> float:
     from planner.planning.plans import solve_plan
 
     plan = solve_plan(problem, "goodput")
-    return 0.0 if plan is None else plan.rate
+    return 0.0 if plan is None else -plan.objective  # its rate may give up a little for fewer GPUs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class PlanReport:
                 "attainment": predicted.attainment,
                 "goodput_sessions_per_s": predicted.goodput_sessions_per_s,
                 "capacity_sessions_per_s": predicted.capacity_sessions_per_s,
-                "ttft_p95_s": predicted.ttft_p95_s,
-                "itl_p95_s": predicted.itl_p95_s,
+                "ttft_p95_s": _finite(predicted.ttft_p95_s),
+                "itl_p95_s": _finite(predicted.itl_p95_s),
                 "local_share": predicted.local_share,
             },
             "simulated": None if not self.simulated else describe_simulated(self.simulated[0]),
@@ -68,10 +69,7 @@ class PlanReport:
                 for one in self.simulated
             ],
             "solver": {"status": solution.status, "gap": solution.gap, "seconds": round(solution.seconds, 3)},
-            "binding": [
-                {"constraint": name, "sessions_per_s_per_unit": value}
-                for name, value in predicted.binding[:MAX_BINDING]
-            ],
+            "binding": [{"constraint": name, "share": share} for name, share in predicted.binding[:MAX_BINDING]],
             "further_gpus": {name: {str(n): gain for n, gain in gains.items()} for name, gains in self.gains.items()},
             "goodput_by_gpus": [{"gpus": n, "capacity_sessions_per_s": rate} for n, rate in self.curve],
         }
@@ -153,12 +151,12 @@ def describe_plan(report: PlanReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _list_simulated(one: Simulated) -> tuple[float, ...]:
+def _list_simulated(one: Simulated) -> tuple[float | None, ...]:
     outcome = one.outcome
     return (
         one.rate,
         outcome.attainment,
-        one.goodput_sessions_per_s,
+        one.goodput_sessions_per_s or None,
         outcome.ttft_p95_s,
         outcome.tpot_p95_s,
         outcome.local_share,
@@ -172,7 +170,12 @@ def _describe_other(one: Simulated) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if not value else f"{value:.4g}"
+    return "-" if value is None or isinf(value) else f"{value:.4g}"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: a latency that grows without end is null."""
+    return None if isinf(value) else value
 
 
 def _draw(report: PlanReport, path: Path) -> None:

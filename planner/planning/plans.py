@@ -9,10 +9,12 @@ from typing import Literal
 from planner.planning.linear_program import LinearProgram
 from planner.planning.program import Objective, PlanProblem, PlanProgram, build_program
 from planner.planning.solve import TIME_LIMIT_S, Solution, solve
+from shared.errors import AmpdError, ErrorCode
 
 PlanRole = Literal["prefill", "both"]  # who decodes may prefill too
 NO_RATE = 1e-9  # sessions per second: nothing can be served
-WORTH = 1e-3  # of the objective: what is given up at most for fewer GPUs
+WORTH = 0.01  # of the objective: what is given up at most for fewer GPUs and fewer kinds of workers
+KIND_COST = 0.25  # GPUs: for every kind of worker that a plan has
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -29,7 +31,8 @@ class WorkerCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolvedPlan:
-    """rate: sessions per second that its workers sustain (goodput), or that was asked for."""
+    """rate: sessions per second that its workers sustain; for min-p95 those that were asked for. objective: what was
+    minimised, before fewer GPUs were looked for: minus the highest rate, GPUs, or seconds."""
 
     workers: tuple[WorkerCount, ...]
     rate: float
@@ -52,15 +55,22 @@ def solve_plan(
     distance: int = 1,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> SolvedPlan | None:
-    """The best plan that differs from each of `apart_from` by at least `distance` GPUs; None when none is feasible.
+    """The best plan that differs from each of `apart_from` by at least `distance` GPUs, as `keep_apart` counts them;
+    None when none is feasible. Raises AmpdError DEADLINE_EXCEEDED when the solver has found none in time.
 
-    Solved twice: for the objective, then, giving up no more than WORTH of it, for the fewest GPUs (for the most rate,
-    where GPUs are the objective).
+    Solved twice: for the objective, then, giving up no more than WORTH of it, for the fewest GPUs (for the most rate
+    with the fewest GPUs, where they are the objective).
     """
     program = build_program(problem, objective)
     for number, other in enumerate(apart_from):
         keep_apart(program, other, distance, number)
     first = solve(program.lp, time_limit_s=time_limit_s)
+    if first.status == "time limit" and not first.values:
+        raise AmpdError(
+            ErrorCode.DEADLINE_EXCEEDED,
+            f"the solver has found no plan within {time_limit_s:g} s: give fewer GPU types, or a profile with fewer "
+            "parallel degrees",
+        )
     if not first.values or first.values[program.rate] <= NO_RATE:
         return None
     _refine(program, objective, first)
@@ -76,14 +86,26 @@ def solve_plan(
 
 
 def _refine(program: PlanProgram, objective: Objective, first: Solution) -> None:
-    lp, worst = program.lp, first.objective + WORTH * abs(first.objective)
+    lp = program.lp
+    worst = first.objective + (0.5 if objective == "min-gpus" else WORTH * abs(first.objective))  # GPUs are whole
     achieved = {index: variable.cost for index, variable in enumerate(lp.variables) if variable.cost}
     lp.require("as good", achieved, high=worst)
     if objective == "min-gpus":
         lp.variables[program.rate].high = float("inf")
         lp.minimise({program.rate: -1.0})
     else:
-        lp.minimise(program.gpu_costs())
+        lp.minimise({**program.gpu_costs(), **_count_kinds(program)})
+
+
+def _count_kinds(program: PlanProgram) -> dict[int, float]:
+    """Costs of binaries that are 1 where there are workers: their number is at most the most there can be, times it."""
+    lp, costs = program.lp, {}
+    for variable in program.counts:
+        name = lp.variables[variable].name
+        is_there = lp.add(f"any {name}", high=1.0, is_integer=True)
+        lp.require(f"any {name}", {variable: 1.0, is_there: -lp.variables[variable].high}, high=0.0)
+        costs[is_there] = KIND_COST
+    return costs
 
 
 def _read_workers(program: PlanProgram, values: tuple[float, ...]) -> Iterator[WorkerCount]:
@@ -114,8 +136,8 @@ def count_of(program: PlanProgram, plan: SolvedPlan) -> dict[int, int]:
 
 
 def keep_apart(program: PlanProgram, other: SolvedPlan, distance: int, number: int) -> None:
-    """|workers - other's|, in GPUs, at least twice `distance` (a GPU that changes sides counts on both), or `distance`
-    where the number of GPUs itself differs. Each difference is a surplus or a lack, never both: a binary says which."""
+    """The sum of |workers - other's| over the kinds, in GPUs, at least `distance`: a GPU that changes sides counts on
+    both. Each difference is a surplus or a lack, never both: a binary says which."""
     lp = program.lp
     costs = program.gpu_costs()
     sizes: dict[int, float] = {}

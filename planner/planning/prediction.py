@@ -34,8 +34,8 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Everybody who prefills, as one queue: mean service time of the whole, on one worker, and the share that is late
-    though it waits for nobody."""
+    """Everybody who prefills, as one queue: mean service time of them all together, mean time of a prefill alone on its
+    worker, and the share that is late though it waits for nobody."""
 
     service_s: float
     alone_s: float
@@ -84,8 +84,9 @@ def attainment_at(pool: _Pool, utilisation: float, variability: float, slo: Slo)
 
 
 def _find_utilisation(pool: _Pool, problem: PlanProblem, slo: Slo) -> float:
-    """The highest at which the target is met; 0 when it never is."""
-    low, high = 0.0, 2.0
+    """The highest at which the target is met; 0 when it never is. Those that are served in time are no more than what
+    is served at all: 1 / utilisation."""
+    low, high = 0.0, 1.0 / problem.target
     for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2
         if attainment_at(pool, middle, problem.variability, slo) >= problem.target:

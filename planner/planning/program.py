@@ -178,7 +178,11 @@ def _keep_kv(program: PlanProgram) -> None:
         somewhere = {program.kept[tier, place]: 1.0 for tier in TIERS}
         lp.require(f"idle KV is somewhere, {kind.name}", {**somewhere, decoded: -1.0}, low=0.0, high=0.0)
         idle = {program.kept["device", place]: load.idle_token_s}
-        held = {**idle, decoded: load.active_token_s, count: -KV_SHARE * kind.num_kv_tokens}
+        decoding = {
+            program.mode_time[place, number]: mode.batch * load.reserved_context
+            for number, mode in enumerate(kind.modes)
+        }
+        held = {**decoding, **idle, decoded: load.waiting_token_s, count: -KV_SHARE * kind.num_kv_tokens}
         lp.require(f"KV memory of decode workers, {kind.name}", held, high=0.0)
         on_host = {program.kept["host", place]: load.idle_token_s, count: -KV_SHARE * kind.num_host_tokens}
         lp.require(f"host memory, {kind.name}", on_host, high=0.0)

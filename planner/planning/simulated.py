@@ -15,7 +15,7 @@ from shared.core.policies import SchedulingPolicy
 from shared.core.profile import Profile
 from shared.messages import Slo
 
-MEASURED_ROUNDS = 3_000  # a run is measured for as many, or as long as MIN_MEASURED_S
+MEASURED_ROUNDS = 3_000  # a run is measured for about as many, or as long as MIN_MEASURED_S
 MIN_MEASURED_S = 10.0
 GAIN = 1.02  # a plan must do this much better to replace the best so far
 GROWTH = 1.15
@@ -35,9 +35,10 @@ class Setting:
     seed: int = 0
 
     def scenario(self, plan: SolvedPlan, rate: float) -> Scenario:
+        """A run of it is measured until its last TTFT objective, which may be longer than what is measured."""
         measured_s = max(MIN_MEASURED_S, MEASURED_ROUNDS / (rate * self.rounds_per_session))
         return Scenario(
-            workload=replace(self.workload, duration=self.warm_up_s + measured_s),
+            workload=replace(self.workload, duration=self.warm_up_s + measured_s + self.slo.ttft_s),
             warm_up_s=self.warm_up_s,
             cluster=make_cluster(plan, self.profiles),
             policy=self.policy,
@@ -47,7 +48,8 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """`goodput`: 0 when another plan was better and this one was not measured to its end."""
+    """`outcome` is at `rate`. goodput: 0 when another plan was better and this one was not measured to its end, when it
+    attains at no rate, and where it was not asked for."""
 
     plan: SolvedPlan
     rate: float
@@ -89,7 +91,7 @@ def choose_by_goodput(
             )
             goodput = result.rate
             best = max(best, goodput)
-        rate = goodput or best
+        rate = goodput or best or plan.rate
         outcome, _ = scenario.run(rate, setting.seed)
         found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=goodput))
         on_progress()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import log2
 from typing import Literal
 
 import highspy
 import numpy as np
+import numpy.typing as npt
 
-from planner.planning.linear_program import LinearProgram
+from planner.planning.linear_program import LinearProgram, Row
 
 Status = Literal["optimal", "infeasible", "time limit"]
 GAP = 1e-4  # relative, at which a plan counts as optimal
@@ -36,7 +38,8 @@ def solve(lp: LinearProgram, *, time_limit_s: float = TIME_LIMIT_S, gap: float =
     highs.setOptionValue("time_limit", time_limit_s)
     highs.setOptionValue("mip_rel_gap", gap)
     highs.setOptionValue("threads", 1)
-    highs.passModel(_convert(lp))
+    scales = np.array([_choose_scale(row) for row in lp.rows])
+    highs.passModel(_convert(lp, scales))
     highs.run()
     seconds = time.monotonic() - started
     info, status = highs.getInfo(), highs.getModelStatus()
@@ -53,22 +56,30 @@ def solve(lp: LinearProgram, *, time_limit_s: float = TIME_LIMIT_S, gap: float =
         gap=info.mip_gap if is_integer else 0.0,
         seconds=seconds,
         values=tuple(highs.getSolution().col_value) if has_solution else (),
-        duals=() if is_integer or not has_solution else tuple(highs.getSolution().row_dual),
+        duals=() if is_integer or not has_solution else tuple(scales * np.array(highs.getSolution().row_dual)),
     )
 
 
-def _convert(lp: LinearProgram) -> highspy.HighsLp:
+def _choose_scale(row: Row) -> float:
+    """The power of two that brings its largest coefficient to about 1. Rows of bytes beside rows of workers are beyond
+    what the solver's tolerances are made for: it has cut off the best plan, and called the next one optimal."""
+    largest = max(map(abs, row.coefficients.values()), default=1.0)
+    return 2.0 ** -round(log2(largest))
+
+
+def _convert(lp: LinearProgram, scales: npt.NDArray[np.float64]) -> highspy.HighsLp:
+    """Each row times its scale."""
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(lp.variables), len(lp.rows)
     model.col_cost_ = np.array([one.cost for one in lp.variables])
     model.col_lower_ = np.array([one.low for one in lp.variables])
     model.col_upper_ = np.array([one.high for one in lp.variables])
-    model.row_lower_ = np.array([row.low for row in lp.rows])
-    model.row_upper_ = np.array([row.high for row in lp.rows])
+    model.row_lower_ = scales * np.array([row.low for row in lp.rows])
+    model.row_upper_ = scales * np.array([row.high for row in lp.rows])
     starts, indices, values = [0], [], []
-    for row in lp.rows:
+    for row, scale in zip(lp.rows, scales, strict=True):
         indices += list(row.coefficients)
-        values += list(row.coefficients.values())
+        values += [scale * coefficient for coefficient in row.coefficients.values()]
         starts.append(len(indices))
     model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     model.a_matrix_.start_ = np.array(starts)

@@ -19,7 +19,6 @@ from shared.messages import Slo
 PrefillClass = Literal["first", "later", "again"]
 PREFILL_CLASSES: tuple[PrefillClass, ...] = ("first", "later", "again")
 ITL_SHARE = 0.9  # of the ITL objective that a step may take, as the chunks of `adaptive`
-WAITING_SHARE = 0.5  # of the TTFT objective that a round's KV is taken to wait for its first token
 MAX_BATCH = 256  # sequences of a step, as the workers'
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 FULL_CHUNK = 8_192  # tokens of a step that only prefills
@@ -69,15 +68,16 @@ class WorkerKind:
 class SessionLoad:
     """What a session needs on the way, whatever serves it. Means over the sessions.
 
-    KV in token-seconds: of rounds in flight, each with room to its end, whose tokens come at the pace of the objective
-    (chunks of prefill fill the steps, so they do), and of those whose tool runs. moved_tokens: KV over the links for a
-    remote prefill of each class.
+    KV in token-seconds: of rounds that wait for their first token (as long as they may, with room to their end), and of
+    those whose tool runs; what decodes is in the modes, with reserved_context each. moved_tokens: KV over the links for
+    a remote prefill of each class.
     """
 
     rounds: dict[PrefillClass, float]  # `again` are rounds of `later` too
     output_tokens: float
     decode_context: float  # mean over the tokens decoded
-    active_token_s: float
+    reserved_context: float  # of the rounds that these belong to, at their ends: room for it is kept from the start
+    waiting_token_s: float
     idle_token_s: float
     moved_tokens: dict[PrefillClass, float]
 
@@ -92,7 +92,7 @@ def measure_load(workload: WorkloadModel, slo: Slo) -> SessionLoad:
     rounds = [one for session in workload.sessions for one in session]
     first, later = split_rounds(rounds)
     output_tokens = mean([one.num_output_tokens for one in rounds])
-    active_s = [WAITING_SHARE * slo.ttft_s + one.num_output_tokens * ITL_SHARE * slo.itl_s for one in rounds]
+    reserved = [one.num_output_tokens * one.num_total_tokens for one in rounds]
     decoded = [one.num_output_tokens * (one.num_prompt_tokens + one.num_output_tokens / 2) for one in rounds]
     return SessionLoad(
         rounds={
@@ -102,7 +102,8 @@ def measure_load(workload: WorkloadModel, slo: Slo) -> SessionLoad:
         },
         output_tokens=output_tokens,
         decode_context=mean(decoded) / output_tokens if output_tokens else 0.0,
-        active_token_s=mean([one.num_total_tokens * time_s for one, time_s in zip(rounds, active_s, strict=True)]),
+        reserved_context=mean(reserved) / output_tokens if output_tokens else 0.0,
+        waiting_token_s=mean([slo.ttft_s * one.num_total_tokens for one in rounds]),
         idle_token_s=mean([one.delay_s * one.num_history_tokens for one in later]),
         moved_tokens={
             "first": mean([one.num_input_tokens for one in first]),
