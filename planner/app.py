@@ -1,4 +1,4 @@
-"""The planner service: hears heartbeats and ended rounds, answers `get_stats`, writes the statistics down."""
+"""The planner service: hears heartbeats and ended rounds, answers `get_stats`, writes the statistics down, re-plans."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 from planner.collector import Collector
+from planner.replanning.controller import Controller
 from planner.stats_log import StatsLog
 from shared import subjects
 from shared.bus import Bus, BusMessage
 from shared.errors import AmpdError, ErrorCode
 from shared.log import get_logger
-from shared.messages import GetStats, Heartbeat, RoundObserved, decode, encode, encoding_of
+from shared.messages import GetStats, Heartbeat, Replan, ReplanMode, RoundObserved, decode, encode, encoding_of
 from shared.nats_bus import connect_nats_bus
 from shared.service import ServiceContext, run_service
 
@@ -29,8 +30,9 @@ log = get_logger(__name__)
 class PlannerService:
     """The collector on the bus. `num_malformed` counts messages that could not be read."""
 
-    def __init__(self, bus: Bus, stats_log: StatsLog) -> None:
+    def __init__(self, bus: Bus, stats_log: StatsLog, controller: Controller | None = None) -> None:
         self._bus = bus
+        self.controller = controller or Controller(bus, mode="dry-run", clock=time.monotonic)
         self._stats_log = stats_log
         self._collector = Collector(stats_log.read_totals(), time.monotonic())
         self.num_malformed = 0
@@ -39,6 +41,7 @@ class PlannerService:
         await self._bus.subscribe_ordered(subjects.HEARTBEATS, self._on_observation)
         await self._bus.subscribe_ordered(subjects.OBSERVED_ROUND, self._on_observation)
         await self._bus.subscribe(subjects.PLANNER_STATS, self._on_get_stats, queue="planner")
+        await self._bus.subscribe(subjects.REPLAN, self._on_replan, queue="planner")
         await self._bus.register_service("ampd-planner", VERSION, {})
 
     def write_down(self) -> None:
@@ -58,8 +61,10 @@ class PlannerService:
         match decoded:
             case Heartbeat():
                 self._collector.on_heartbeat(decoded, time.monotonic())
+                self.controller.on_heartbeat(decoded)
             case RoundObserved():
                 self._collector.on_round(decoded, time.monotonic())
+                self.controller.on_round(decoded)
             case _:
                 self.num_malformed += 1
 
@@ -69,17 +74,38 @@ class PlannerService:
             raise AmpdError(ErrorCode.INVALID_REQUEST, 'this subject answers {"type":"get_stats"} alone')
         await message.respond(encode(self._collector.stats(time.monotonic()), encoding_of(message.data)))
 
+    async def _on_replan(self, message: BusMessage) -> None:
+        request = decode(message.data)
+        if not isinstance(request, Replan):
+            raise AmpdError(
+                ErrorCode.INVALID_REQUEST, 'this subject answers {"type":"replan"} alone, with "mode":M to set the mode'
+            )
+        if request.mode is not None:
+            self.controller.set_mode(request.mode)
+        await message.respond(encode(self.controller.state, encoding_of(message.data)))
 
-async def run_planner(service: ServiceContext, *, nats_url: str, data_dir: Path, interval_s: float) -> None:
+
+async def run_planner(
+    service: ServiceContext,
+    *,
+    nats_url: str,
+    data_dir: Path,
+    interval_s: float,
+    mode: ReplanMode = "dry-run",
+    profile_name: str | None = None,
+) -> None:
     """Serve until `service.stop`; the last statistics are written on the way out."""
     bus = await connect_nats_bus(nats_url, name="planner", on_lost=service.fail)
     try:
-        planner = PlannerService(bus, StatsLog(data_dir / "planner"))
+        controller = Controller(bus, mode=mode, clock=time.monotonic, profile_name=profile_name)
+        planner = PlannerService(bus, StatsLog(data_dir / "planner"), controller)
         await planner.start()
         while not service.stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(service.stop.wait(), interval_s)
             planner.write_down()
+            if not service.stop.is_set():
+                await controller.step()
     finally:
         await bus.close()
 
@@ -87,7 +113,7 @@ async def run_planner(service: ServiceContext, *, nats_url: str, data_dir: Path,
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m planner",
-        description="Collects the cluster's statistics, answers requests for them, writes them down.",
+        description="Collects the cluster's statistics, answers requests for them, writes them down, plans roles.",
         epilog="example: python -m planner --nats-url nats://127.0.0.1:4222 --data-dir data",
     )
     add = parser.add_argument
@@ -98,10 +124,20 @@ def main() -> int:
         type=float,
         default=DEFAULT_INTERVAL_S,
         metavar="S",
-        help="seconds between two lines (default: %(default)s)",
+        help="seconds between two lines, and between two plans (default: %(default)s)",
     )
+    modes = ("act", "dry-run", "frozen")
+    add("--replan", choices=modes, default="dry-run", help="what becomes of proposed roles (default: %(default)s)")
+    add("--profile", metavar="NAME|FILE", help="timings of workers that name none themselves")
     args = parser.parse_args()
     if not args.interval > 0:
         parser.error(f"--interval must be more than 0 seconds, got {args.interval}")
-    serve = functools.partial(run_planner, nats_url=args.nats_url, data_dir=args.data_dir, interval_s=args.interval)
+    serve = functools.partial(
+        run_planner,
+        nats_url=args.nats_url,
+        data_dir=args.data_dir,
+        interval_s=args.interval,
+        mode=args.replan,
+        profile_name=args.profile,
+    )
     return run_service(serve, name="planner")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_URL = "nats://127.0.0.1:4222"
 DEFAULT_PORT = 4222
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROLES = ("prefill", "decode", "both")
+REPLAN_MODES = ("act", "dry-run", "frozen")
 USAGE_ERROR = 2
 
 UP_EXAMPLE = """example:
@@ -38,6 +40,12 @@ STATUS_EXAMPLE = """example:
 EXPLAIN_EXAMPLE = """example:
   ampd explain my-session
   ampd explain my-session --tenant team-a --json | python -m json.tool"""
+ROLE_EXAMPLE = """example:
+  ampd role decode-1 prefill
+  ampd role decode-1 both --json | python -m json.tool"""
+REPLAN_EXAMPLE = """example:
+  ampd replan
+  ampd replan --mode frozen"""
 CHAT_EXAMPLE = """example:
   ampd chat --system 'Answer in one sentence.'
   printf 'What is the capital of France?\\nAnd of Spain?\\n' | ampd chat"""
@@ -122,6 +130,30 @@ def command_explain(arguments: argparse.Namespace) -> int:
     )
 
 
+def command_role(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.role import change_role
+
+    return asyncio.run(
+        change_role(
+            arguments.nats_url,
+            worker_id=arguments.worker_id,
+            role=arguments.role,
+            as_json=arguments.json,
+            console=Console(),
+        )
+    )
+
+
+def command_replan(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.replan import replan
+
+    return asyncio.run(replan(arguments.nats_url, mode=arguments.mode, as_json=arguments.json, console=Console()))
+
+
 def command_chat(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -163,6 +195,7 @@ def _cluster_options(arguments: argparse.Namespace, port: int) -> ClusterOptions
         num_both=arguments.both,
         engine=arguments.engine,
         profile=arguments.profile,
+        replan=arguments.replan,
         time_scale=arguments.time_scale,
         parallel_degree=arguments.parallel_degree,
         model=arguments.model,
@@ -214,6 +247,18 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--tenant", default="default", help="(default: %(default)s)")
     explain.add_argument("--json", action="store_true", help="for programs: the same as JSON")
 
+    role = _add_command(commands, "role", command_role, "have a running worker take another role", ROLE_EXAMPLE)
+    _add_url_flag(role)
+    role.add_argument("worker_id", metavar="WORKER_ID", help="as `ampd status` shows it")
+    role.add_argument("role", metavar="ROLE", choices=ROLES, help="prefill, decode or both")
+    role.add_argument("--json", action="store_true", help="for programs: the answer as JSON")
+
+    replan = _add_command(commands, "replan", command_replan, "what the planner proposes, and its mode", REPLAN_EXAMPLE)
+    _add_url_flag(replan)
+    mode_help = "change roles, only propose it, or plan nothing (default: leave it as it is)"
+    replan.add_argument("--mode", choices=REPLAN_MODES, help=mode_help)
+    replan.add_argument("--json", action="store_true", help="for programs: the answer as JSON")
+
     chat = _add_command(commands, "chat", command_chat, "talk to the model, one session, many rounds", CHAT_EXAMPLE)
     _add_url_flag(chat)
     chat.add_argument("--session", help="name a session: it stays open, and is come back to (default: a new one)")
@@ -255,6 +300,8 @@ def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
     add("--both", type=_integer(0), default=0, metavar="N", help="workers for both (default: %(default)s)")
     engine_help = "torch computes; emulated keeps the time of a profile (default: %(default)s)"
     add("--engine", choices=get_args(EngineName), default="torch", help=engine_help)
+    replan_help = "what the planner does about roles that do not suit the load (default: %(default)s)"
+    add("--replan", choices=REPLAN_MODES, default="dry-run", help=replan_help)
     profile_help = "timings of the workers, what the policy predicts with and an emulated engine keeps"
     add("--profile", metavar="NAME|FILE", help=f"{profile_help}: one that ships, or a file")
     scale_help = "emulated: seconds here per second there, 10 keeps our own overhead small (default: %(default)s)"

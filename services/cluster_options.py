@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shared.engine.names import EngineName
 from shared.errors import AmpdError, ErrorCode
+from shared.messages import ReplanMode
 from shared.policy_flags import build_policy, read_policy_options
 from shared.profile_files import load_profile
 
@@ -24,6 +25,7 @@ class ClusterOptions:
     profile: str | None = None  # timings of the workers, a profile's name or path; the emulated engine needs one
     time_scale: float = 1.0  # emulated: wall seconds per second of the profile
     parallel_degree: int = 1  # emulated: devices of every worker
+    replan: ReplanMode = "dry-run"  # what the planner does about roles that do not suit the load
     model: str = "smollm2"  # torch
     policy: str = "ampd"
     disabled_parts: tuple[str, ...] = ()  # of the policy

@@ -146,7 +146,13 @@ class LocalCluster:
                 f"--cost-scale={options.time_scale}",
                 *([] if model_dir is None else [f"--model-dir={model_dir}"]),
             ),
-            "planner": child("planner", "planner", f"--data-dir={self.data_dir}"),
+            "planner": child(
+                "planner",
+                "planner",
+                f"--data-dir={self.data_dir}",
+                f"--replan={options.replan}",
+                *([] if options.profile is None else [f"--profile={options.profile}"]),
+            ),
         }
         worker_arguments = [
             *policy_arguments(options),

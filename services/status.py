@@ -66,7 +66,7 @@ def _worker_table(workers: tuple[WorkerStatus, ...]) -> Table:
         state = "draining" if beat.draining else "alive"
         table.add_row(
             beat.worker_id,
-            beat.role,
+            beat.role if worker.wanted_role is None else f"{beat.role} -> {worker.wanted_role}",
             state if worker.alive else f"lost {worker.last_seen_s:.0f} s",
             "/".join(f"{100 * num_blocks / max(beat.num_blocks, 1):.0f}" for num_blocks in _count_blocks(beat)),
             str(beat.num_sessions),

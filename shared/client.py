@@ -28,6 +28,7 @@ from shared.client_stream import RoundResult, RoundStream, TokenChunk
 from shared.errors import AmpdError, ErrorCode, NoResponders, RequestTimeout
 from shared.messages import (
     CancelRound,
+    ChangeRole,
     ChatInput,
     ChatMessage,
     ClientRequest,
@@ -41,6 +42,11 @@ from shared.messages import (
     OpenSession,
     PlannerStats,
     ReadRound,
+    Replan,
+    ReplanMode,
+    ReplanState,
+    Role,
+    RoleChanged,
     RoundAccepted,
     RoundCancelled,
     RoundFailed,
@@ -123,6 +129,14 @@ class AmpdClient:
         """Why each of a session's newest rounds was prefilled where it was. Raises UNKNOWN_SESSION."""
         request = ExplainSession(tenant=self.tenant, session=subjects.check_token("session", session_id))
         return await self._request(subjects.EXPLAIN, request, SessionExplained, timeout_s)
+
+    async def change_role(self, worker_id: str, role: Role, *, timeout_s: float = 15.0) -> RoleChanged:
+        """Have a running worker take another role; returns when it has. Raises the coordinator's refusal."""
+        return await self._request(subjects.ROLE, ChangeRole(worker_id=worker_id, role=role), RoleChanged, timeout_s)
+
+    async def replan(self, mode: ReplanMode | None = None, *, timeout_s: float = 5.0) -> ReplanState:
+        """The planner's newest proposal; with `mode`, what becomes of proposals is set first."""
+        return await self._request(subjects.REPLAN, Replan(mode=mode), ReplanState, timeout_s)
 
     async def planner_stats(self, *, timeout_s: float = 5.0) -> PlannerStats:
         return await self._request(subjects.PLANNER_STATS, GetStats(), PlannerStats, timeout_s)

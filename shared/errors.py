@@ -42,6 +42,7 @@ class ErrorCode(StrEnum):
     KV_LAYOUT_MISMATCH = "kv_layout_mismatch"
     BUS_UNAVAILABLE = "bus_unavailable"
     NOT_OWNER = "not_owner"
+    ROLE_CHANGING = "role_changing"
     INTERNAL = "internal"
 
 

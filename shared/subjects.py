@@ -2,12 +2,13 @@
 
 Client subjects:   ampd.v1.<tenant>.session.<session>.request   (request; JSON or MessagePack)
                    ampd.v1.<tenant>.stream.<session>.<round>    (publish; one subject per round)
-Admin subjects:    ampd.admin.v1.status | explain | stats       (request)
+Admin subjects:    ampd.admin.v1.status | explain | role | stats | replan  (request)
 Internal subjects: ampd.sys.v1.worker.<worker_id>.command       (request, acknowledged)
                    ampd.sys.v1.worker.<worker_id>.peer          (request between workers: KV control)
                    ampd.sys.v1.heartbeat.<worker_id>            (publish)
                    ampd.sys.v1.coordinator.event                (request, acknowledged)
                    ampd.sys.v1.observed.round                   (publish: one line per ended round, for the planner)
+                   ampd.sys.v1.planner.proposal                 (publish: every proposal, with wanted replicas)
                    ampd.sys.v1.record.<tenant>.<session>        (JetStream: the session's durable record)
 """
 
@@ -26,7 +27,10 @@ COORDINATOR_EVENT = "ampd.sys.v1.coordinator.event"
 OBSERVED_ROUND = "ampd.sys.v1.observed.round"
 STATUS = "ampd.admin.v1.status"
 EXPLAIN = "ampd.admin.v1.explain"
+ROLE = "ampd.admin.v1.role"
 PLANNER_STATS = "ampd.admin.v1.stats"
+REPLAN = "ampd.admin.v1.replan"
+PLANNER_PROPOSAL = "ampd.sys.v1.planner.proposal"
 RECORDS = "ampd.sys.v1.record.>"
 RECORD_STREAM = "AMPD_SESSIONS"
 

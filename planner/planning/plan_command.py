@@ -85,8 +85,10 @@ def command_plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
 
+    from loadgen.run import make_folder
     from planner.planning.plan_file import describe_plan, write_plan
 
+    make_folder(arguments.out)  # before anything that takes long
     console = Console(stderr=True) if arguments.json else Console()
     report = make_plan(arguments, console)
     write_plan(report, arguments.out)

@@ -87,8 +87,7 @@ def describe_simulated(one: Simulated) -> dict[str, Any]:
 
 
 def write_plan(report: PlanReport, out: Path) -> None:
-    """plan.json, plan.md, plan.png and docker-compose.override.yml in `out`, which is made."""
-    out.mkdir(parents=True, exist_ok=True)
+    """plan.json, plan.md, plan.png and docker-compose.override.yml in the folder `out`."""
     (out / "plan.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     (out / "plan.md").write_text(describe_plan(report))
     (out / "docker-compose.override.yml").write_text(make_override(report.plan))

@@ -34,8 +34,8 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Everybody who prefills, as one queue: mean service time of them all together, mean time of a prefill alone on its
-    worker, and the share that is late though it waits for nobody."""
+    """Everybody who may prefill, as one queue: mean service time of them all together, mean time of a prefill alone on
+    its worker, and the share that is late though it waits for nobody."""
 
     service_s: float
     alone_s: float

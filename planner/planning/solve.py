@@ -56,7 +56,9 @@ def solve(lp: LinearProgram, *, time_limit_s: float = TIME_LIMIT_S, gap: float =
         gap=info.mip_gap if is_integer else 0.0,
         seconds=seconds,
         values=tuple(highs.getSolution().col_value) if has_solution else (),
-        duals=() if is_integer or not has_solution else tuple(scales * np.array(highs.getSolution().row_dual)),
+        duals=()
+        if is_integer or not has_solution
+        else tuple((scales * np.array(highs.getSolution().row_dual)).tolist()),
     )
 
 

@@ -126,11 +126,27 @@ def _count_missing(session: SessionShape, index: int) -> int:
     return before.num_output_tokens + session[index].num_input_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredKind:
+    """What running workers tell: how long their steps take over the profile's, and how much KV they hold."""
+
+    scale: float
+    num_kv_tokens: int
+
+
 def measure_kind(
-    gpu_type: str, profile: Profile, parallel_degree: int, workload: WorkloadModel, load: SessionLoad, slo: Slo
+    gpu_type: str,
+    profile: Profile,
+    parallel_degree: int,
+    workload: WorkloadModel,
+    load: SessionLoad,
+    slo: Slo,
+    measured: MeasuredKind | None = None,
 ) -> WorkerKind:
     """Raises AmpdError INVALID_REQUEST for a degree that the profile does not have."""
-    costs = StepCosts.from_profile(profile, parallel_degree)
+    costs = StepCosts.from_profile(profile, parallel_degree, scale=measured.scale if measured else 1.0)
+    if measured is not None:
+        costs.num_kv_tokens = measured.num_kv_tokens
     begun, gone_on = split_rounds([one for session in workload.sessions for one in session])
     first = [(0, one.num_input_tokens) for one in begun]
     later = [(one.num_history_tokens, one.num_input_tokens) for one in gone_on]

@@ -23,7 +23,7 @@ class Bindings:
         self.refresh()
 
     def refresh(self) -> None:
-        """A worker has died or come back."""
+        """A worker has died, come back, or taken another role."""
         alive = [worker for worker in self._workers if worker.alive]
         self._decode_loads = [worker.load for worker in alive if worker.load.takes_decode]
         prefill = [worker.load for worker in alive if worker.load.takes_prefill]
@@ -54,6 +54,13 @@ class Bindings:
 
     def bind(self, session: SimSession, num_needed: int, now: float) -> SimWorker | None:
         """Where the session decodes from now on; None when no living worker could hold it."""
+        session.decode = self.choose(num_needed, now)
+        if session.decode is not None:
+            session.decode.load.num_sessions += 1
+        return session.decode
+
+    def choose(self, num_needed: int, now: float) -> SimWorker | None:
+        """Where a session would be bound now."""
         limit = KV_OVERCOMMIT
         fitting = [
             load
@@ -61,10 +68,7 @@ class Bindings:
             if num_needed <= load.num_kv_tokens and load.num_promised_tokens + num_needed <= limit * load.num_kv_tokens
         ] or [load for load in self._decode_loads if num_needed <= load.num_kv_tokens]
         load = choose_binding(fitting, self._policy.binding, now)
-        session.decode = None if load is None else self.by_id[load.worker_id]
-        if load is not None:
-            load.num_sessions += 1
-        return session.decode
+        return None if load is None else self.by_id[load.worker_id]
 
     def promise(self, session: SimSession, num_tokens: int) -> None:
         """Instead of what was promised to it before."""
@@ -72,15 +76,18 @@ class Bindings:
         session.decode.load.num_promised_tokens += num_tokens - session.num_promised
         session.num_promised = num_tokens
 
-    def move(self, round_: SimRound, target: SimWorker) -> None:
-        """The session is bound to `target` from now on; its KV is held where it is until it has been fetched."""
+    def move(self, round_: SimRound, target: SimWorker, *, with_kv: bool = True) -> None:
+        """The session is bound to `target` from now on; its KV is held where it is until it has been fetched, or
+        forgotten."""
         session, source = round_.session, round_.decode
         num_promised = session.num_promised
         self.promise(session, 0)
         source.load.end_round(session.key)
         source.load.num_sessions -= 1
         target.load.num_sessions += 1
-        if session in source.memory.entries:
+        if not with_kv:
+            source.memory.forget(session)
+        elif session in source.memory.entries:
             source.memory.hold(session)
             round_.moved_from = source
         session.decode = round_.decode = target

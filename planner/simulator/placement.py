@@ -10,6 +10,7 @@ from planner.simulator.event_heap import EventHeap
 from planner.simulator.round_book import Counters, RoundBook
 from planner.simulator.rounds import SimRound
 from planner.simulator.worker import SimWorker
+from shared.core.leaving import route_leaving
 from shared.core.patience import measure_excess_wait_s
 from shared.core.policies import SchedulingPolicy
 from shared.core.routing import RoutingDecision, RoutingView
@@ -43,22 +44,60 @@ class Placement:
 
     def place(self, round_: SimRound, now: float, *, local_only: bool = False) -> None:
         """Choose where the round is prefilled and send it there; a new session that would wait too long fails."""
-        view = self._view(round_, now, local_only=local_only)
+        if not round_.decode.load.takes_decode:
+            self._leave(round_, now, local_only=local_only)
+            return
+        view = self._view(round_, round_.decode, now, local_only=local_only)
         decision = self._policy.route(view, self._policy.routing)
-        chosen = decision.chosen
         is_new = round_.index == 0 and round_.attempt == 1
         if self._policy.admission and is_new and self._is_too_late(decision, view):
             self._counters.rejected += 1
             self._book.fail(round_, "overloaded")
             return
+        if decision.moves_session:
+            self._bindings.move(round_, self._bindings.by_id[decision.worker_id])
+            self._counters.moves += 1
+        self._begin(round_, decision, view, now)
+
+    def _leave(self, round_: SimRound, now: float, *, local_only: bool) -> None:
+        """Its worker no longer decodes: the session is bound elsewhere, and takes its KV along where the policy moves
+        sessions."""
+        session, home = round_.session, round_.decode
+        target = self._bindings.choose(round_.num_prompt + round_.num_produced, now)
+        if target is None:
+            self._book.fail(round_, "no_worker")
+            return
+        there = self._view(round_, home, now, local_only=True)
+        view = self._view(round_, target, now, local_only=local_only, without=home)
+        decision = self._policy.route(view, self._policy.routing)
+        with_kv = self._policy.moves_sessions and session in home.memory.entries
+        if decision.moves_session:
+            target = self._bindings.by_id[decision.worker_id]
+        elif with_kv:
+            decision = route_leaving(
+                view,
+                decision,
+                home.load,
+                num_cached_tokens=there.num_cached_tokens,
+                num_restorable_tokens=there.num_restorable_tokens,
+                parameters=self._policy.routing,
+            )
+            with_kv = decision.moves_session
+        self._bindings.move(round_, target, with_kv=with_kv)
+        if with_kv:
+            self._counters.moves += 1
+        else:
+            self._counters.rebinds += 1
+        self._begin(round_, decision, view, now)
+
+    def _begin(self, round_: SimRound, decision: RoutingDecision, view: RoutingView, now: float) -> None:
+        """The round goes to the workers that the decision names."""
+        chosen = decision.chosen
         round_.decision = decision
         round_.num_cached = view.num_total_tokens - chosen.num_new_tokens
         round_.work_s = chosen.work_s
         round_.placed_at = now
         target = self._bindings.by_id[decision.worker_id]
-        if decision.moves_session:
-            self._bindings.move(round_, target)
-            self._counters.moves += 1
         round_.decode.load.begin_round(round_.session.key, view.num_needed_tokens)
         target.load.begin_prefill(round_.session.key, chosen.num_new_tokens, chosen.work_s, view.deadline, now)
         if decision.placement == "local":
@@ -68,8 +107,14 @@ class Placement:
             self._counters.remote += 1
             self._events.at(now + self._remote_control_s, self._start_remote, (round_, round_.attempt, target))
 
-    def _view(self, round_: SimRound, now: float, *, local_only: bool) -> RoutingView:
-        session, decode = round_.session, round_.decode
+    def _view(
+        self, round_: SimRound, decode: SimWorker, now: float, *, local_only: bool, without: SimWorker | None = None
+    ) -> RoutingView:
+        """`without`: a worker that does not prefill it."""
+        session = round_.session
+        prefill = [] if local_only else self._bindings.prefill_loads_for(decode)
+        if without is not None:
+            prefill = [load for load in prefill if load is not without.load]
         kv = decode.memory.entries.get(session)
         total = round_.num_prompt + round_.num_produced
         cached = min(kv.num_tokens, total - 1) if kv is not None else 0
@@ -81,7 +126,7 @@ class Placement:
             first_round=round_.index == 0,
             slo=self._slo,
             decode=decode.load,
-            prefill_workers=[] if local_only else self._bindings.prefill_loads_for(decode),
+            prefill_workers=prefill,
             num_restorable_tokens=restorable,
             num_needed_tokens=round_.num_prompt + round_.planned.output_tokens,
             movable=self._bindings.movable_from(decode) if self._policy.moves_sessions and not local_only else (),

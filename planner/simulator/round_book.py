@@ -20,6 +20,8 @@ class Counters:
     rebinds: int = 0
     moves: int = 0
     failures: int = 0
+    role_changes: int = 0
+    role_changes_refused: int = 0
     events: int = 0
 
 

@@ -14,6 +14,7 @@ from loadgen.workload import Workload, choose_workload, plan_workload
 from planner.simulator.cluster import Cluster
 from planner.simulator.failures import Failure
 from planner.simulator.outcome import Outcome, summarise
+from planner.simulator.role_changes import RoleChange
 from planner.simulator.simulation import Result, Simulation
 from shared.core.patience import ADMISSION_FACTOR
 from shared.core.policies import SchedulingPolicy
@@ -32,6 +33,7 @@ class Scenario:
     policy: SchedulingPolicy
     slo: Slo
     failures: tuple[Failure, ...] = field(default=())
+    role_changes: tuple[RoleChange, ...] = field(default=())
     admission_factor: float = ADMISSION_FACTOR
     gap_factor: float = 1.0
 
@@ -49,6 +51,7 @@ class Scenario:
             plan.sessions,
             self.slo,
             failures=self.failures,
+            role_changes=self.role_changes,
             admission_factor=self.admission_factor,
             gap_factor=self.gap_factor,
             until_s=duration_s,

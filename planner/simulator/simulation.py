@@ -6,6 +6,7 @@
     placement    where each is prefilled, with the functions of shared/core
     transfers    KV that goes from prefill to decode workers, and back while tools run
     failures     workers that die
+    role_changes workers that take another role
     worker       batches, chunks and memory
 
 Everything is deterministic: the same input gives the same rounds.
@@ -24,13 +25,14 @@ from planner.simulator.failures import Failure, Failures
 from planner.simulator.kv_memory import SimKv
 from planner.simulator.links import Links
 from planner.simulator.placement import Placement
+from planner.simulator.role_changes import RoleChange, RoleChanges
 from planner.simulator.round_book import Counters, RoundBook
 from planner.simulator.rounds import SimRound, SimSession
 from planner.simulator.transfers import HandOvers, Staging
 from planner.simulator.worker import SimWorker
 from shared.core.patience import ADMISSION_FACTOR
 from shared.core.policies import SchedulingPolicy
-from shared.messages import Slo, WindowStats
+from shared.messages import Role, Slo, WindowStats
 
 HEARTBEAT_S = 0.5
 
@@ -59,6 +61,7 @@ class Simulation:
         slo: Slo,
         *,
         failures: Sequence[Failure] = (),
+        role_changes: Sequence[RoleChange] = (),
         admission_factor: float = ADMISSION_FACTOR,
         gap_factor: float = 1.0,
         until_s: float | None = None,
@@ -94,6 +97,9 @@ class Simulation:
         self._failures = Failures(
             self.events, self.workers, self._sessions, self._bindings, self._placement, self.counters
         )
+        self._role_changes = RoleChanges(self.events, self.workers, self._bindings, self.counters)
+        for change in role_changes:
+            self._role_changes.plan(change)
         self._hand_overs = HandOvers(self.events, self.links, self._placement)
         self._staging = Staging(self.events, self.links, self._bindings, self.counters, gap_factor)
 
@@ -122,6 +128,24 @@ class Simulation:
             unfinished=[session.running for session in self._sessions if session.running is not None],
             counters=self.counters,
         )
+
+    def change_role(self, worker: int | str, role: Role, at_s: float) -> None:
+        """Have a worker, by its index or id, take a role at `at_s`. Raises AmpdError INVALID_REQUEST."""
+        self._role_changes.plan(RoleChange(worker, role, at_s))
+
+    def every(self, interval_s: float, look: Callable[[float], None]) -> None:
+        """Call `look` with the time, again and again until the simulation ends."""
+
+        def look_again(_: None, now: float) -> None:
+            look(now)
+            self.events.at(now + interval_s, look_again, None)
+
+        self.events.at(interval_s, look_again, None)
+
+    @property
+    def ended_rounds(self) -> Sequence[SimRound]:
+        """Those that have ended or failed so far, in that order."""
+        return self._book.rounds
 
     def _heartbeat(self, _: None, now: float) -> None:
         for worker in self.workers:
@@ -156,7 +180,7 @@ class Simulation:
 
     def _send_next(self, argument: tuple[SimSession, int], now: float) -> None:
         session, index = argument
-        if session.decode is None or not session.decode.alive:
+        if session.decode is None or not session.decode.alive:  # one that no longer decodes it leaves when it is placed
             needed = session.num_tokens + session.planned.rounds[index].input_tokens
             self.counters.rebinds += 1
             session.num_promised = 0

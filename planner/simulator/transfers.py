@@ -92,7 +92,7 @@ class Staging:
         holder, decode = self._bindings.by_id[worker_id], session.decode
         kv = holder.memory.entries.get(session)
         source = decode.memory.entries.get(session)
-        if holder is decode or kv is None or source is None or kv.busy or source.busy:
+        if holder is decode or not holder.load.takes_prefill or kv is None or source is None or kv.busy or source.busy:
             return
         num_tokens = source.num_tokens - kv.num_tokens
         if num_tokens < MIN_STAGED_TOKENS or self._links.idle_at(decode, holder) > now:

@@ -26,7 +26,7 @@ from shared.core.events import (
 from shared.core.types import SessionKey
 from shared.errors import AmpdError, BusError, ErrorCode, NoResponders, RequestTimeout
 from shared.log import get_logger
-from shared.messages import ErrorReply, encode, error_reply
+from shared.messages import ErrorReply, SetRole, encode, error_reply
 
 BUS_RETRY_S = 1.0  # a command that could not be sent counts as timed out after this long
 
@@ -91,7 +91,7 @@ class Outgoing:
             event = CommandReplied(command_id=command.command_id, reply=error_reply(error))
         if isinstance(event, CommandFailed) and event.reason == "no_responders":
             self._streams.flush_all()
-        else:
+        elif not isinstance(message, SetRole):
             self._streams.flush_session(SessionKey(message.tenant, message.session))
         self._feed(event)
 

@@ -41,6 +41,7 @@ from shared.core.events import (
     Event,
     HeartbeatSeen,
     RecordsLoaded,
+    RoleRequested,
     StreamSeen,
     Ticked,
     WorkerReported,
@@ -50,6 +51,7 @@ from shared.errors import AmpdError, ErrorCode
 from shared.log import get_logger
 from shared.messages import (
     Ack,
+    ChangeRole,
     Encoding,
     ExplainSession,
     GetStatus,
@@ -127,6 +129,7 @@ class CoordinatorService:
             ),
             await bus.subscribe(subjects.STATUS, self._on_status, queue=QUEUE_GROUP),
             await bus.subscribe(subjects.EXPLAIN, self._on_explain, queue=QUEUE_GROUP),
+            await bus.subscribe(subjects.ROLE, self._on_role, queue=QUEUE_GROUP),
             await bus.subscribe(
                 subjects.ALL_SESSION_REQUESTS, self._on_request, queue=QUEUE_GROUP, max_in_flight=max_requests
             ),
@@ -245,15 +248,18 @@ class CoordinatorService:
             random_seed=secrets.randbits(63) if isinstance(request, SubmitRound) else 0,
             digest=digest_request(request) if isinstance(request, SubmitRound) and request.idempotency_key else b"",
         )
+        self._streams.flush_session(key)
+        await message.respond(self._encode_reply(await self._ask(event), encoding))
+
+    async def _ask(self, event: ClientRequested | RoleRequested) -> Reply:
+        """Feed a request; the core answers every one, if only with an error."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[event.request_id] = future
         try:
-            self._streams.flush_session(key)
             self.feed(event)
-            reply = await future
+            return await future
         finally:
             self._replies.pop(event.request_id, None)
-        await message.respond(self._encode_reply(reply, encoding))
 
     def _encode_reply(self, reply: Reply, encoding: Encoding) -> bytes:
         answer: Message = reply.message
@@ -315,6 +321,15 @@ class CoordinatorService:
                 'this subject answers {"type":"explain_session","tenant":T,"session":S} alone',
             )
         await message.respond(encode(self.core.explain_session(request), encoding_of(message.data)))
+
+    async def _on_role(self, message: BusMessage) -> None:
+        request = decode(message.data)
+        if not isinstance(request, ChangeRole):
+            raise AmpdError(
+                ErrorCode.INVALID_REQUEST, 'this subject answers {"type":"change_role","worker_id":W,"role":R} alone'
+            )
+        reply = await self._ask(RoleRequested(request_id=self._take_id(), request=request))
+        await message.respond(self._encode_reply(reply, encoding_of(message.data)))
 
     def _take_id(self) -> int:
         self._next_id += 1

@@ -28,6 +28,7 @@ from shared.messages import (
     PrefillTask,
     Role,
     RunRound,
+    SetRole,
     StageKv,
     WorkerLeaving,
     decode,
@@ -41,7 +42,8 @@ MAX_CHANGES_TOLD = 256  # of sessions' KV in one heartbeat; the others are told 
 
 
 class WorkerRuntime:
-    """Both roles are always there; `role` says which commands are taken, so that it can change while running."""
+    """Both roles are always there, and every command is carried out. `role` is what is advertised, and so what new work
+    the coordinator sends: it can change while work of the other kind is under way."""
 
     def __init__(self, context: WorkerContext, *, role: Role, model: str) -> None:
         self.context = context
@@ -146,16 +148,12 @@ class WorkerRuntime:
         """Carry out a WorkerCommand; an AmpdError is answered as ErrorReply by the bus."""
         match message:
             case RunRound():
-                self._require(self.role != "prefill", "decode")
                 return await self.decode.run_round(message)
             case PrefillTask():
-                self._require(self.role != "decode", "prefill")
                 return await self.prefill.prefill_task(message)
             case GrantHistory():
-                self._require(self.role != "prefill", "decode")
                 return await self.decode.grant_history(message)
             case StageKv():
-                self._require(self.role != "decode", "prefill")
                 return await self.prefill.stage_kv(message)
             case CancelRun():
                 await self.prefill.cancel_run(message)
@@ -166,6 +164,8 @@ class WorkerRuntime:
                 reply = await self.decode.drop_session(message)
                 await self.prefill.drop_session(session, jobs)
                 return reply
+            case SetRole():
+                return await self._set_role(message)
             case _:
                 raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no worker command")
 
@@ -182,9 +182,20 @@ class WorkerRuntime:
             case _:
                 raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"{type(message).__name__} is no message between workers")
 
-    def _require(self, allowed: bool, role: str) -> None:
-        if not allowed:
-            raise AmpdError(ErrorCode.INVALID_REQUEST, f"{self.context.worker_id} is not a {role} worker")
+    async def _set_role(self, message: SetRole) -> Message:
+        """Advertise the role, at once. Rounds, prefills and KV that are here stay until they end or are dropped."""
+        context = self.context
+        if message.incarnation != context.incarnation:
+            raise AmpdError(
+                ErrorCode.WRONG_INCARNATION, f"this is incarnation {context.incarnation} of {context.worker_id}"
+            )
+        if context.draining:
+            raise AmpdError(ErrorCode.DRAINING, "the worker is stopping: it takes no other role")
+        if message.role != self.role:
+            log.info("role_changed", worker_id=context.worker_id, role=message.role, previous=self.role)
+            self.role = message.role
+        await self.send_heartbeat()
+        return Ack()
 
     # ------------------------------------------------------------------------------- heartbeats
 

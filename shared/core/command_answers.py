@@ -15,6 +15,8 @@ from shared.core.attempts import (
 from shared.core.commands import SendToWorker
 from shared.core.endings import fail_round, finish_from_stream
 from shared.core.events import CommandFailed, CommandReplied
+from shared.core.fleet import WorkerState
+from shared.core.role_changes import is_changing, note_role_failed, note_role_set
 from shared.core.session import NOTHING_HELD, RoundInFlight, Session
 from shared.core.staging import abandon_staging, on_staging_reply
 from shared.core.state import PendingCommand, State
@@ -31,6 +33,7 @@ from shared.messages import (
     PrefillTask,
     RunRound,
     RunRoundAck,
+    SetRole,
     StageKv,
 )
 
@@ -52,6 +55,9 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
         return
     if isinstance(command.message, DropSession):
         state.note_dropped(command.worker.ref, command.key)
+        return
+    if isinstance(command.message, SetRole):
+        _note_role_reply(state, command.worker, command.message, event.reply)
         return
     if isinstance(command.message, GrantHistory) and command.message.hold:
         _note_history(state, command, event.command_id, event.reply)
@@ -77,6 +83,15 @@ def on_command_replied(state: State, event: CommandReplied) -> None:
             pass  # an answer to GrantHistory alone
         case _:
             assert_never(event.reply)
+
+
+def _note_role_reply(state: State, worker: WorkerState, message: SetRole, reply: Message) -> None:
+    if not isinstance(reply, ErrorReply):
+        note_role_set(state, worker, message)
+        return
+    if reply.code == ErrorCode.WRONG_INCARNATION and worker.alive:
+        lose_worker(state, worker)
+    note_role_failed(state, worker, message, reply)
 
 
 def _note_history(state: State, command: PendingCommand, command_id: int, reply: Message | None) -> None:
@@ -159,6 +174,10 @@ def on_command_failed(state: State, event: CommandFailed) -> None:
             return
         if worker.alive and _is_wanted(state, command):
             _suspect(state, command)
+    if isinstance(command.message, SetRole):
+        message = f"worker {worker.worker_id} does not answer: look at its log, and at `ampd status` for its role"
+        error = ErrorReply(code=ErrorCode.WORKER_LOST, message=message)
+        note_role_failed(state, worker, command.message, error)
     if isinstance(command.message, DropSession):
         if state.is_held_at(worker.ref, command.key):
             state.settle_drop(worker.ref, command.key)
@@ -187,6 +206,8 @@ def _is_wanted(state: State, command: PendingCommand) -> bool:
         return not state.is_held_at(command.worker.ref, command.key)
     if isinstance(command.message, CancelRun):
         return True
+    if isinstance(command.message, SetRole):
+        return is_changing(command.worker, command.message)
     found = _find_round(state, command)
     if found is None:
         return False

@@ -10,6 +10,7 @@ from shared.messages import (
     ChatInput,
     Encoding,
     ErrorReply,
+    RoleChanged,
     RoundAccepted,
     RoundCancelled,
     RoundFailed,
@@ -35,10 +36,13 @@ class SnapshotText(msgspec.Struct, frozen=True):
 
 
 class Reply(CommandBase, frozen=True, kw_only=True):
-    """Answer a client's request. Token ids in it are bytes; `snapshot` is set for a RoundSnapshot only."""
+    """Answer a client's request, or an operator's. Token ids in it are bytes; `snapshot` is of a RoundSnapshot only."""
 
     request_id: int
-    message: SessionOpened | RoundAccepted | RoundCancelled | SessionClosed | SessionInfo | RoundSnapshot | ErrorReply
+    message: (
+        SessionOpened | RoundAccepted | RoundCancelled | SessionClosed | SessionInfo | RoundSnapshot
+        | RoleChanged | ErrorReply
+    )  # fmt: skip
     snapshot: SnapshotText | None = None
 
 

@@ -8,14 +8,14 @@ The service turns messages into events and commands into messages; the simulator
     worker_reports    what workers tell         endings          finished, failed, cancelled, closed
     recovery          after a restart           residency        who holds how much of a session's KV
     staging           KV ahead of its round     explain          why rounds were placed where they were
-    state             what is in memory, and what all parts use
+    role_changes      workers take other roles  state            what is in memory, and what all parts use
 """
 
 from __future__ import annotations
 
 from typing import assert_never
 
-from shared.core import client_requests, command_answers, worker_reports
+from shared.core import client_requests, command_answers, role_changes, worker_reports
 from shared.core.attempts import command_decode_worker, lose_worker, place_next_attempt
 from shared.core.commands import AcknowledgeEvent, AppendRecord, Command, PublishStream, Reply
 from shared.core.coordinator_config import CoordinatorConfig
@@ -31,6 +31,7 @@ from shared.core.events import (
     InputRefused,
     RecordAppended,
     RecordsLoaded,
+    RoleRequested,
     StreamSeen,
     Ticked,
     WorkerReported,
@@ -101,6 +102,8 @@ class Coordinator:
                 client_requests.on_input_encoded(state, event)
             case AppendFailed():
                 self._on_append_failed(event)
+            case RoleRequested():
+                role_changes.on_role_requested(state, event)
             case RecordsLoaded():
                 on_records_loaded(state, event)
             case _:
@@ -199,6 +202,7 @@ class Coordinator:
         self._last_tick = state.now
         for worker in state.fleet.list_silent(state.now):
             lose_worker(state, worker)
+        role_changes.give_up_unheard(state)
         state.fleet.forget_old(state.now)
         state.settle_drops_of_gone()
         expire_stagings(state)

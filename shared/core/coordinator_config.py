@@ -48,6 +48,8 @@ class CoordinatorConfig:
     # workers
     heartbeat_timeout_s: float = 3.0
     suspect_s: float = 5.0  # a worker that lets commands time out gets no new work for this long
+    role_change_patience_s: float = 10.0  # a change of role that no heartbeat tells of by then is given up
+    max_role_waiters: int = 8  # requests that wait for one change
     worker_memory_s: float = 600.0  # a lost worker is forgotten after this long
 
     # rounds

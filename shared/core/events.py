@@ -16,6 +16,7 @@ from shared.errors import ErrorCode
 from shared.messages import (
     Ack,
     CancelRound,
+    ChangeRole,
     CloseSession,
     Encoding,
     ErrorReply,
@@ -48,6 +49,13 @@ class ClientRequested(EventBase, frozen=True, kw_only=True):
     encoding: Encoding
     random_seed: int = 0
     digest: bytes = b""
+
+
+class RoleRequested(EventBase, frozen=True, kw_only=True):
+    """An operator's request, or the planner's, answered by a Reply."""
+
+    request_id: int
+    request: ChangeRole
 
 
 class InputEncoded(EventBase, frozen=True, kw_only=True):
@@ -124,6 +132,7 @@ class RecordsLoaded(EventBase, frozen=True, kw_only=True):
 
 Event = (
     ClientRequested
+    | RoleRequested
     | InputEncoded
     | InputRefused
     | HeartbeatSeen

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.core.binding import BindingName, choose_binding
 from shared.core.load import WorkerLoad
 from shared.core.measured_costs import WorkerCosts
 from shared.core.profile import Profile
 from shared.core.records import WorkerRef
-from shared.messages import Heartbeat
+from shared.messages import Heartbeat, Role
 
 MAX_DEAD_INCARNATIONS = 256  # remembered, so that a late heartbeat of a dead process does not revive it
+
+
+@dataclass(slots=True, eq=False)
+class RoleChange:
+    """A worker takes another role (see role_changes.py): whatever role its heartbeats tell, decisions look at the new
+    one, until a heartbeat tells it, too, or `until`."""
+
+    role: Role
+    previous: Role
+    until: float
+    is_acknowledged: bool = False
+    waiting: list[int] = field(default_factory=list)  # requests to be answered
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +41,7 @@ class WorkerState:
     load: WorkerLoad
     alive: bool = True
     suspect_until: float = 0.0
+    change: RoleChange | None = None
 
     @classmethod
     def of(cls, heartbeat: Heartbeat, now: float, profile: Profile | None, cost_scale: float) -> WorkerState:
@@ -69,7 +82,8 @@ class WorkerState:
         take against its profile."""
         load = self.load
         self.heartbeat = heartbeat
-        load.role = heartbeat.role
+        if self.change is None:
+            load.role = heartbeat.role
         load.ttft, load.itl = heartbeat.ttft, heartbeat.itl
         load.num_kv_tokens = count_kv_tokens(heartbeat)
         load.node = number_node(heartbeat)

@@ -135,7 +135,12 @@ def describe_cluster(state: State, now: float) -> ClusterStatus:
         policy=state.config.scheduling.name,
         model=", ".join(models),
         workers=tuple(
-            WorkerStatus(alive=worker.alive, last_seen_s=now - worker.last_seen, heartbeat=worker.heartbeat)
+            WorkerStatus(
+                alive=worker.alive,
+                last_seen_s=now - worker.last_seen,
+                heartbeat=worker.heartbeat,
+                wanted_role=worker.change.role if worker.change is not None else None,
+            )
             for _, worker in sorted(state.fleet.workers.items())
         ),
         sessions=tuple(

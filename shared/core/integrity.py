@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from shared.core.fleet import WorkerState
 from shared.core.state import State, find_due, needed_growth
-from shared.messages import DropSession
+from shared.messages import DropSession, SetRole
 
 
 def check_state(state: State) -> None:
@@ -67,6 +68,7 @@ def _check_workers(state: State) -> None:
             num_bound[id(session.binding.worker)] += 1
     for worker in state.fleet.workers.values():
         load = worker.load
+        _check_role(state, worker)
         assert load.num_promised_tokens == promised[id(worker)], f"promises of {worker.worker_id} add up"
         assert load.num_sessions == num_bound[id(worker)], f"sessions of {worker.worker_id} are counted"
         assert load.num_active_tokens == sum(load.active.values()), "tokens of rounds in flight add up"
@@ -81,6 +83,18 @@ def _check_workers(state: State) -> None:
             assert session.in_flight is not None, f"{key} at {worker.worker_id} is in flight"
             at = {session.in_flight.decode, session.in_flight.prefill}
             assert worker.ref in at, f"{key} was placed on {worker.worker_id}"
+
+
+def _check_role(state: State, worker: WorkerState) -> None:
+    change = worker.change
+    if change is None:
+        assert worker.load.role == worker.heartbeat.role, f"{worker.worker_id} has the role that it tells"
+        return
+    assert worker.load.role == change.role != worker.heartbeat.role, f"{worker.worker_id} takes another role"
+    assert len(change.waiting) <= state.config.max_role_waiters, "requests that wait for a role are bounded"
+    assert not (change.is_acknowledged and change.waiting), "an acknowledged change has been answered"
+    asked = any(c.worker is worker and isinstance(c.message, SetRole) for c in state.pending.values())
+    assert asked or change.is_acknowledged, f"{worker.worker_id} has been asked to take its role"
 
 
 def _check_residency(state: State) -> None:

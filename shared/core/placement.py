@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import msgspec
 
 from shared.core.fleet import WorkerState, choose_decode_worker, fits
+from shared.core.leaving import route_leaving
 from shared.core.load import WorkerLoad
+from shared.core.records import WorkerRef
 from shared.core.residency import find_held, list_resident
 from shared.core.routing import RoutingDecision, RoutingView, route_colocated
 from shared.core.session import Move, Session
@@ -40,8 +42,8 @@ def choose_placement(
 ) -> Placement | None:
     """The session's decode worker, and where the prefill runs. None: no decode worker can take it now. Changes nothing.
 
-    The binding is sticky while its worker lives, takes work, has not failed this round and can hold it, unless the
-    policy moves the session.
+    The binding is sticky while its worker lives, decodes, takes work, has not failed this round and can hold it, unless
+    the policy moves the session.
     """
     candidates = state.fleet.list_decode(session.opened.model, state.now)
     home = bound = find_bound_worker(state, session)
@@ -65,7 +67,7 @@ def choose_placement(
         first_round=session.num_tokens == 0,
         slo=slo,
         decode=bound.load,
-        prefill_workers=() if force_local else _list_prefill_loads(state, bound, avoid),
+        prefill_workers=() if force_local else _list_prefill_loads(state, session, bound, home, avoid),
         movable=()
         if force_local or not scheduling.moves_sessions
         else [w.load for w in candidates if _may_move(w, bound, avoid) and fits(w, num_needed_tokens, overcommit)],
@@ -77,11 +79,24 @@ def choose_placement(
     target = state.fleet.workers[decision.worker_id]
     if decision.moves_session:
         return Placement(target, None, num_total, decision, _plan_move(state, session, home, target, avoid))
+    move = _plan_move(state, session, home, bound, avoid)
+    if move is not None and home is not None:
+        kv = move.held.cut(num_total - 1)
+        decision = route_leaving(
+            view,
+            decision,
+            home.load,
+            num_cached_tokens=kv.num_device_tokens,
+            num_restorable_tokens=kv.num_tokens,
+            parameters=scheduling.routing,
+        )
+        if decision.moves_session:
+            return Placement(bound, None, num_total, decision, move)
     if not view.prefill_workers and scheduling.route is not route_colocated:
         decision = msgspec.structs.replace(decision, reason=NO_PREFILL_WORKER)
     if decision.placement == "remote":
         return Placement(bound, target, num_total, decision)
-    return Placement(bound, None, num_total, decision, _plan_move(state, session, home, bound, avoid))
+    return Placement(bound, None, num_total, decision)
 
 
 def _may_move(worker: WorkerState, bound: WorkerState, avoid: Set[str]) -> bool:
@@ -96,7 +111,7 @@ def _plan_move(
     state: State, session: Session, home: WorkerState | None, target: WorkerState, avoid: Set[str]
 ) -> Move | None:
     """The session is prefilled at `target`: from where its KV comes along. Also when it has to leave `home`, which
-    drains, or has no room for it."""
+    drains, decodes no longer, or has no room for it."""
     if home is None or home is target or not state.config.scheduling.moves_sessions:
         return None
     if home.worker_id in avoid or state.now < home.suspect_until:  # it would not answer
@@ -107,10 +122,15 @@ def _plan_move(
     return Move(home.ref, _count_known_tokens(session, home), held)
 
 
-def _list_prefill_loads(state: State, bound: WorkerState, avoid: Set[str]) -> list[WorkerLoad]:
+def _list_prefill_loads(
+    state: State, session: Session, bound: WorkerState, home: WorkerState | None, avoid: Set[str]
+) -> list[WorkerLoad]:
+    """Not the worker that the session leaves, nor one that has yet to drop it: the drop would take the prefill, too."""
     if state.config.scheduling.route is route_colocated:
         return []
-    loads = [worker.load for worker in state.fleet.list_prefill(bound, avoid, state.now)]
+    dropping: Set[WorkerRef] = state.dropping.get(session.key, set())
+    workers = state.fleet.list_prefill(bound, avoid, state.now)
+    loads = [worker.load for worker in workers if worker is not home and worker.ref not in dropping]
     if not state.config.scheduling.fluid_roles:
         loads = [load for load in loads if load.role == "prefill"]
     return loads

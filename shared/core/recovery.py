@@ -28,7 +28,7 @@ def on_records_loaded(state: State, event: RecordsLoaded) -> None:
             continue
         session.opened_at = state.now
         session.held = HeldKv(max(0, session.num_tokens - 1))  # unless the worker says otherwise
-        session.resident = dict.fromkeys(list_former_holders(record.entries, state.config.max_holders), 0)
+        session.resident = dict.fromkeys(list_former_holders(session, record.entries, state.config.max_holders), 0)
         _drop_at_former_workers(state, session, record.entries)
         if session.closed:
             state.drop_everywhere(session)
@@ -45,7 +45,8 @@ def on_records_loaded(state: State, event: RecordsLoaded) -> None:
 def _drop_at_former_workers(state: State, session: Session, entries: Sequence[RecordEntry]) -> None:
     """Workers that the session has left may still hold it: the coordinator before may not have reached them."""
     refs = {entry.decode for entry in entries if isinstance(entry, RoundStartedEntry | AttemptStartedEntry)}
-    for ref in sorted(refs - {session.last_decode}, key=lambda ref: (ref.worker_id, ref.incarnation)):
+    left = refs - {session.last_decode} - session.resident.keys()
+    for ref in sorted(left, key=lambda ref: (ref.worker_id, ref.incarnation)):
         state.drop_at(ref, session.key)
 
 

@@ -103,10 +103,13 @@ def doubt_worker(state: State, ref: WorkerRef) -> None:
             session.resident[ref] = 0
 
 
-def list_former_holders(entries: Sequence[RecordEntry], limit: int) -> list[WorkerRef]:
-    """Prefill workers in a record, the newest `limit`, that were never the decode worker: they may hold something."""
+def list_former_holders(session: Session, entries: Sequence[RecordEntry], limit: int) -> list[WorkerRef]:
+    """Prefill workers in a record, the newest `limit`, that were never the decode worker: they may hold something. So
+    may the one that prefills the round in flight, whatever it was before."""
     placed = [entry for entry in entries if isinstance(entry, RoundStartedEntry | AttemptStartedEntry)]
     decode = {entry.decode for entry in placed}
+    if session.in_flight is not None:
+        decode.discard(session.in_flight.prefill)
     newest = dict.fromkeys(entry.prefill for entry in reversed(placed) if entry.prefill is not None)
     return [ref for ref in newest if ref not in decode][:limit]
 

@@ -34,7 +34,8 @@ V = TypeVar("V")
 
 @dataclass(slots=True)
 class PendingCommand:
-    """A command at a worker that has not been answered. `attempt` is 0 for one that is about no round."""
+    """A command at a worker that has not been answered. `attempt` is 0 for one that is about no round, `key` NO_SESSION
+    for one that is about no session."""
 
     key: SessionKey
     round: int

@@ -16,6 +16,9 @@ class SessionKey(NamedTuple):
     session: str
 
 
+NO_SESSION = SessionKey("", "")  # of a command that is about none
+
+
 class RoundKey(NamedTuple):
     """One attempt at one round of one session."""
 

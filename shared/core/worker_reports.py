@@ -17,6 +17,7 @@ from shared.core.events import HeartbeatSeen, StreamSeen, WorkerReported
 from shared.core.records import RoundEndedEntry, WorkerRef
 from shared.core.recovery import reconcile_rounds
 from shared.core.residency import note_held, note_prefilled
+from shared.core.role_changes import note_role
 from shared.core.session import RoundInFlight, Session
 from shared.core.staging import begin_staging, on_kv_staged
 from shared.core.state import State
@@ -32,6 +33,7 @@ def on_heartbeat(state: State, event: HeartbeatSeen) -> None:
         lose_worker(state, replaced)
     if worker is None:
         return
+    note_role(state, worker)
     note_held(state, worker, event.heartbeat.kv_held)
     for key in sorted(state.owed_drops.pop(worker.ref, ())):
         if state.is_held_at(worker.ref, key):

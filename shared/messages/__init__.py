@@ -12,12 +12,14 @@ Import from here. `base` has what the other modules share, `codec` the union and
 """
 
 from shared.messages.admin import (
+    ChangeRole,
     ClusterStatus,
     ExplainSession,
     GetStats,
     GetStatus,
     OptionExplained,
     PlannerStats,
+    RoleChanged,
     RoundExplained,
     RoundObserved,
     SessionExplained,
@@ -61,6 +63,13 @@ from shared.messages.client import (
 )
 from shared.messages.codec import AnyMessage, decode, encode, encoding_of, error_reply, raise_if_error
 from shared.messages.peers import KvOffer, KvRenew, PeerMessage, PrefillDone
+from shared.messages.replanning import (
+    Replan,
+    ReplanMode,
+    ReplanState,
+    ReplicasWanted,
+    RoleProposed,
+)
 from shared.messages.stream import RoundFailed, RoundFinished, RoundTokens, StreamMessage
 from shared.messages.token_ids import pack_token_ids, unpack_token_ids
 from shared.messages.worker_commands import (
@@ -75,6 +84,7 @@ from shared.messages.worker_commands import (
     ResidentKv,
     RunRound,
     RunRoundAck,
+    SetRole,
     StageKv,
     WorkerCommand,
 )
@@ -94,6 +104,7 @@ __all__ = [
     "AnyMessage",
     "CancelRound",
     "CancelRun",
+    "ChangeRole",
     "ChatInput",
     "ChatMessage",
     "ClientRequest",
@@ -128,8 +139,14 @@ __all__ = [
     "QueuedPrefill",
     "ReadRound",
     "RemotePrefill",
+    "Replan",
+    "ReplanMode",
+    "ReplanState",
+    "ReplicasWanted",
     "ResidentKv",
     "Role",
+    "RoleChanged",
+    "RoleProposed",
     "RoundAccepted",
     "RoundCancelled",
     "RoundEnded",
@@ -149,6 +166,7 @@ __all__ = [
     "SessionInfo",
     "SessionOpened",
     "SessionStatus",
+    "SetRole",
     "Slo",
     "StageKv",
     "StopConditions",

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from shared.errors import ErrorCode
-from shared.messages.base import Message, Slo, Usage, WindowStats
+from shared.messages.base import Message, Role, Slo, Usage, WindowStats
 from shared.messages.worker_events import Heartbeat
 
 
@@ -19,6 +19,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool
     last_seen_s: float
     heartbeat: Heartbeat
+    wanted_role: Role | None = None  # while it changes its role: to this one
 
 
 class SessionStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +40,21 @@ class ClusterStatus(Message, frozen=True, kw_only=True, tag="cluster_status"):
     num_sessions: int
     num_rounds_in_flight: int
     counters: dict[str, int]
+
+
+class ChangeRole(Message, frozen=True, kw_only=True, tag="change_role"):
+    """Have a running worker take another role. For operators and the planner, on the admin subject."""
+
+    worker_id: str
+    role: Role
+
+
+class RoleChanged(Message, frozen=True, kw_only=True, tag="role_changed"):
+    """The worker has taken the role. `previous` is the one before: the same if it had the role already."""
+
+    worker_id: str
+    role: Role
+    previous: Role
 
 
 class ExplainSession(Message, frozen=True, kw_only=True, tag="explain_session"):
@@ -131,4 +147,7 @@ class PlannerStats(Message, frozen=True, kw_only=True, tag="planner_stats"):
     workers: tuple[Heartbeat, ...]
 
 
-AdminMessage = GetStatus | ClusterStatus | ExplainSession | SessionExplained | RoundObserved | GetStats | PlannerStats
+AdminMessage = (
+    GetStatus | ClusterStatus | ChangeRole | RoleChanged
+    | ExplainSession | SessionExplained | RoundObserved | GetStats | PlannerStats
+)  # fmt: skip

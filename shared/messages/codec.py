@@ -9,6 +9,7 @@ from shared.messages.admin import AdminMessage
 from shared.messages.base import Ack, Encoding, ErrorReply, Message
 from shared.messages.client import ClientAnswer, ClientRequest
 from shared.messages.peers import PeerMessage
+from shared.messages.replanning import ReplanningMessage
 from shared.messages.stream import StreamMessage
 from shared.messages.worker_commands import WorkerAnswer, WorkerCommand
 from shared.messages.worker_events import CoordinatorEvent, Heartbeat
@@ -16,7 +17,7 @@ from shared.messages.worker_events import CoordinatorEvent, Heartbeat
 AnyMessage = (
     ClientRequest | ClientAnswer | StreamMessage
     | WorkerCommand | WorkerAnswer | CoordinatorEvent | Heartbeat | PeerMessage
-    | AdminMessage | Ack | ErrorReply
+    | AdminMessage | ReplanningMessage | Ack | ErrorReply
 )  # fmt: skip
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from shared.messages.base import Encoding, Message, SamplingParams, Slo, StopConditions
+from shared.messages.base import Encoding, Message, Role, SamplingParams, Slo, StopConditions
 
 
 class KvSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,5 +172,12 @@ class StageKv(Message, frozen=True, kw_only=True, tag="stage_kv"):
     decode_incarnation: int
 
 
-WorkerCommand = RunRound | PrefillTask | CancelRun | DropSession | GrantHistory | StageKv
+class SetRole(Message, frozen=True, kw_only=True, tag="set_role"):
+    """Advertise this role from now on; what was commanded before goes on. A heartbeat tells it, then comes the Ack."""
+
+    incarnation: int
+    role: Role
+
+
+WorkerCommand = RunRound | PrefillTask | CancelRun | DropSession | GrantHistory | StageKv | SetRole
 WorkerAnswer = RunRoundAck | NeedTokens | HistoryGranted

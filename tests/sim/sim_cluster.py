@@ -33,6 +33,7 @@ from shared.core.events import (
     InputEncoded,
     RecordAppended,
     RecordsLoaded,
+    RoleRequested,
     SessionRecord,
     StreamSeen,
     Ticked,
@@ -43,12 +44,15 @@ from shared.core.session import fold
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
 from shared.messages import (
+    ChangeRole,
     ClientRequest,
+    ErrorReply,
     Heartbeat,
     KvStaged,
     Message,
     PrefillEnded,
     Role,
+    RoleChanged,
     RoundEnded,
     RoundFailed,
     RoundFinished,
@@ -90,6 +94,7 @@ class SimCluster:
         self.published_failures: list[tuple[SessionKey, RoundFailed]] = []
         self.event_log: list[tuple[float, Event, list[Command]]] = []
         self.coordinator: Coordinator | None = None
+        self.role_answers: list[RoleChanged | ErrorReply] = []
         self.num_mismatches = 0  # kept KV that was not what the coordinator believed ...
         self.num_behind = 0  # ... and that was more, of which it had not heard
         self.num_moved_tokens = 0  # whose KV came along with a session
@@ -263,6 +268,21 @@ class SimCluster:
     def kill_worker(self, worker_id: str) -> None:
         self.workers.pop(worker_id).alive = False
 
+    def change_role(self, worker_id: str, role: Role) -> None:
+        """What comes of it is in role_answers, unless the coordinator dies meanwhile."""
+
+        def take(answer: Message) -> None:
+            assert isinstance(answer, RoleChanged | ErrorReply)
+            self.role_answers.append(answer)
+
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.had_roles.add(role)
+        if self.coordinator is not None:
+            request_id = self.take_number()
+            self._replies[request_id] = take
+            self.feed(RoleRequested(request_id=request_id, request=ChangeRole(worker_id=worker_id, role=role)))
+
     def data_plane_is_cut(self) -> bool:
         return self.faults.cut
 
@@ -368,6 +388,8 @@ class SimCluster:
         # a worker that was killed owes its drops until it is forgotten
         limit_s = self.config.worker_memory_s + 60.0
         self.run_until(lambda: not (state.pending or state.purging or state.owed_drops), limit_s)
+        patience_s = self.config.role_change_patience_s + 1.0
+        self.run_until(lambda: not any(worker.change for worker in state.fleet.workers.values()), patience_s)
         self.run_for(2.0)
         assert not state.sessions
         assert not state.held

@@ -34,6 +34,7 @@ from shared.messages import (
     RoundTokens,
     RunRound,
     RunRoundAck,
+    SetRole,
     StageKv,
     StopConditions,
     Usage,
@@ -117,6 +118,7 @@ class SimWorker:
         self.incarnation = incarnation
         self.alive = True
         self.draining = False
+        self.had_roles: set[Role] = {role}  # those it was to take counted: a command may come before the new role does
         self.sessions: dict[SessionKey, SimSession] = {}
         self.tasks: dict[tuple[SessionKey, int, int], PrefillTask] = {}
         self.ended_tasks: set[tuple[SessionKey, int, int]] = set()
@@ -184,12 +186,23 @@ class SimWorker:
                 return self._grant_history(message)
             case StageKv():
                 return self._stage_kv(message)
+            case SetRole():
+                return self._set_role(message)
         raise AssertionError(f"no worker command: {message}")
+
+    def _set_role(self, message: SetRole) -> Message:
+        if message.incarnation != self.incarnation:
+            return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
+        if self.draining:
+            return ErrorReply(code=ErrorCode.DRAINING, message="stopping")
+        self.role = message.role
+        self.cluster.deliver_heartbeat(self, self.heartbeat())
+        return Ack()
 
     def _run_round(self, message: RunRound) -> Message:
         if message.incarnation != self.incarnation:
             return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
-        assert self.role != "prefill", "only decode workers get rounds"
+        assert self.had_roles & {"decode", "both"}, "only decode workers get rounds"
         session = self.sessions.setdefault(SessionKey(message.tenant, message.session), SimSession())
         run = session.run
         if run is not None:
@@ -378,7 +391,7 @@ class SimWorker:
     def _prefill_task(self, message: PrefillTask) -> Message:
         if message.incarnation != self.incarnation:
             return ErrorReply(code=ErrorCode.WRONG_INCARNATION, message="another process")
-        assert self.role != "decode", "only prefill workers get tasks"
+        assert self.had_roles & {"prefill", "both"}, "only prefill workers get tasks"
         assert message.token_ids, "a prefill computes at least one token"
         assert (message.history is not None) == (message.num_cached_tokens > 0)
         num_total = message.num_cached_tokens + len(message.token_ids) // 4

@@ -17,6 +17,7 @@ from sim_worker import SimWorker
 from shared.core.policies import POLICIES, SchedulingPolicy
 from shared.core.types import SessionKey
 from shared.errors import ErrorCode
+from shared.messages import Role
 
 MAX_WORKERS, MAX_SESSIONS = 5, 4
 
@@ -81,6 +82,12 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @rule(role=st.sampled_from(["prefill", "decode", "both"]))
     def add_worker(self, role: str) -> None:
         self.cluster.add_worker(f"{role}-{self.cluster.take_number()}", role)
+
+    @rule(which=st.integers(0, MAX_WORKERS), role=st.sampled_from(["prefill", "decode", "both"]))
+    def change_role(self, which: int, role: Role) -> None:
+        worker = self._pick(which)
+        if worker is not None:
+            self.cluster.change_role(worker.worker_id, role)
 
     @rule(which=st.integers(0, MAX_WORKERS), what=st.sampled_from(["drain", "forget", "fail"]))
     def trouble_worker(self, which: int, what: str) -> None:

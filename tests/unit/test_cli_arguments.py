@@ -13,7 +13,7 @@ import pytest
 from services import cli
 from services.cli import build_parser, main, split_at_double_dash
 
-COMMANDS = ("up", "run", "status", "explain", "chat", "simulate", "profile")
+COMMANDS = ("up", "run", "status", "explain", "role", "chat", "simulate", "profile")
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_every_commands_help_has_an_example(command: str, capsys: pytest.Capture
         (["up", "--", "ls"], "only `ampd run` takes a command"),
         (["run", "--prefill", "1"], "after --"),
         (["run", "--"], "after --"),
+        (["role", "decode-0", "idle"], "'prefill', 'decode', 'both'"),
         (["chat", "--temperature", "-1"], "at least 0"),
         (["chat", "--temperature", "nan"], "at least 0"),
         (["chat", "--max-output-tokens", "0"], "at least 1"),

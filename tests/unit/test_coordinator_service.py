@@ -47,12 +47,14 @@ from shared.messages import (
     PrefillEnded,
     PrefillTask,
     ReadRound,
+    RoleChanged,
     RoundEnded,
     RoundFinished,
     RoundObserved,
     RoundTokens,
     RunRound,
     RunRoundAck,
+    SetRole,
     Slo,
     StageKv,
     StopConditions,
@@ -108,6 +110,9 @@ class ScriptedWorker:
             granted = HistoryGranted(num_tokens=command.num_tokens - 1, history=self.source())
             await message.respond(encode(granted))
             return
+        if isinstance(command, SetRole):
+            self.role = command.role
+            await self.beat()
         if not isinstance(command, RunRound):
             await message.respond(encode(Ack()))
             if isinstance(command, PrefillTask | StageKv):
@@ -306,6 +311,27 @@ async def test_rounds_through_the_client_library(cluster: Cluster) -> None:
     async with asyncio.timeout(10.0):
         while [record async for record in cluster.records.load()]:
             await observer.flush()
+
+
+async def test_a_worker_takes_another_role(cluster: Cluster) -> None:
+    worker = await cluster.add_worker("d1", "decode")
+    async with await cluster.client() as client:
+        with pytest.raises(AmpdError) as refused:
+            await client.change_role("d1", "prefill")
+        assert refused.value.code == ErrorCode.NO_DECODE_WORKER
+        await cluster.add_worker("d2", "decode")
+        changed = await client.change_role("d1", "prefill")
+        assert changed == RoleChanged(worker_id="d1", role="prefill", previous="decode")
+        assert worker.role == "prefill"
+        status = {w.heartbeat.worker_id: (w.heartbeat.role, w.wanted_role) for w in (await client.status()).workers}
+        assert status == {"d1": ("prefill", None), "d2": ("decode", None)}
+    bus = await cluster.hub.connect("by hand")
+    by_hand = b'{"type":"change_role","worker_id":"d1","role":"both"}'
+    answer = json.loads(await bus.request(subjects.ROLE, by_hand, timeout_s=10.0))
+    assert answer == {"type": "role_changed", "worker_id": "d1", "role": "both", "previous": "prefill"}
+    other = decode(await bus.request(subjects.ROLE, b'{"type":"get_status"}', timeout_s=10.0))
+    assert isinstance(other, ErrorReply)
+    assert other.code == ErrorCode.INVALID_REQUEST
 
 
 async def test_a_json_client_gets_json_with_lists(cluster: Cluster) -> None:
