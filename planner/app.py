@@ -12,6 +12,8 @@ from pathlib import Path
 
 from planner.collector import Collector
 from planner.replanning.controller import Controller
+from planner.replanning.observed import WINDOW_S
+from planner.replanning.replanner import ReplanParameters
 from planner.stats_log import StatsLog
 from shared import subjects
 from shared.bus import Bus, BusMessage
@@ -93,11 +95,20 @@ async def run_planner(
     interval_s: float,
     mode: ReplanMode = "dry-run",
     profile_name: str | None = None,
+    parameters: ReplanParameters | None = None,
+    window_s: float = WINDOW_S,
 ) -> None:
     """Serve until `service.stop`; the last statistics are written on the way out."""
     bus = await connect_nats_bus(nats_url, name="planner", on_lost=service.fail)
     try:
-        controller = Controller(bus, mode=mode, clock=time.monotonic, profile_name=profile_name)
+        controller = Controller(
+            bus,
+            mode=mode,
+            clock=time.monotonic,
+            profile_name=profile_name,
+            parameters=parameters,
+            window_s=window_s,
+        )
         planner = PlannerService(bus, StatsLog(data_dir / "planner"), controller)
         await planner.start()
         while not service.stop.is_set():
@@ -129,9 +140,22 @@ def main() -> int:
     modes = ("act", "dry-run", "frozen")
     add("--replan", choices=modes, default="dry-run", help="what becomes of proposed roles (default: %(default)s)")
     add("--profile", metavar="NAME|FILE", help="timings of workers that name none themselves")
+    default = ReplanParameters()
+    hold_help = "seconds that the load must press before roles change (default: %(default)s)"
+    add("--replan-hold", type=float, default=default.hold_s, metavar="S", help=hold_help)
+    settle_help = "seconds from one change to the next (default: %(default)s)"
+    add("--replan-settle", type=float, default=default.settle_s, metavar="S", help=settle_help)
+    window_help = "seconds of ended rounds that are the workload (default: %(default)s)"
+    add("--replan-window", type=float, default=WINDOW_S, metavar="S", help=window_help)
     args = parser.parse_args()
-    if not args.interval > 0:
-        parser.error(f"--interval must be more than 0 seconds, got {args.interval}")
+    for name, seconds, least in (
+        ("--interval", args.interval, "more than"),
+        ("--replan-hold", args.replan_hold, "at least"),
+        ("--replan-settle", args.replan_settle, "at least"),
+        ("--replan-window", args.replan_window, "more than"),
+    ):
+        if not (seconds > 0 or (seconds == 0 and least == "at least")):
+            parser.error(f"{name} must be {least} 0 seconds, got {seconds}")
     serve = functools.partial(
         run_planner,
         nats_url=args.nats_url,
@@ -139,5 +163,7 @@ def main() -> int:
         interval_s=args.interval,
         mode=args.replan,
         profile_name=args.profile,
+        parameters=ReplanParameters(hold_s=args.replan_hold, settle_s=args.replan_settle),
+        window_s=args.replan_window,
     )
     return run_service(serve, name="planner")

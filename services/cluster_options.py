@@ -39,6 +39,7 @@ class ClusterOptions:
     data_dir: Path | None = None
     log_dir: Path | None = None
     worker_arguments: tuple[str, ...] = ()  # further flags of every worker process
+    planner_arguments: tuple[str, ...] = ()  # and of the planner's
 
     @property
     def served(self) -> str:

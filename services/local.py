@@ -152,6 +152,7 @@ class LocalCluster:
                 f"--data-dir={self.data_dir}",
                 f"--replan={options.replan}",
                 *([] if options.profile is None else [f"--profile={options.profile}"]),
+                *options.planner_arguments,
             ),
         }
         worker_arguments = [

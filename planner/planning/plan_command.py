@@ -124,9 +124,10 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
         more = list_plans(replace(problem, rate=margin * problem.rate), arguments)
         if not more:
             break
-        plans = more
-        simulated = simulate_plans(arguments, profiles, workload, model, warm_up_s, slo, plans, console)
-        if not simulated or simulated[0].outcome.attainment >= arguments.target:
+        found = simulate_plans(arguments, profiles, workload, model, warm_up_s, slo, more, console)
+        if not simulated or found[0].outcome.attainment > simulated[0].outcome.attainment:
+            plans, simulated = more, found
+        if not found or found[0].outcome.attainment >= arguments.target:
             break
     if not plans:
         raise explain_infeasible(problem, model, slo)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from planner.planning.program import PlanProblem
 from planner.replanning.hints import ScalingHint, hint_replicas
 from planner.replanning.live import LiveCluster
+from planner.replanning.observed import WINDOW_S
 from planner.replanning.replanner import Proposal, ProposedChange, Replanner, ReplanParameters
 from shared import subjects
 from shared.bus import Bus
@@ -48,13 +49,14 @@ class Controller:
         clock: Callable[[], float],
         profile_name: str | None = None,
         parameters: ReplanParameters | None = None,
+        window_s: float = WINDOW_S,
     ) -> None:
         self.mode: ReplanMode = mode
         self.state = ReplanState(mode=mode, reason="nothing has been proposed yet")
         self.num_changed = 0
         self._bus = bus
         self._clock = clock
-        self._cluster = LiveCluster(profile_name)
+        self._cluster = LiveCluster(profile_name, window_s)
         self._replanner = Replanner(parameters or ReplanParameters())
         self._roles: dict[str, Role] = {}  # as last heard or asked for
         self._pinned_until: dict[str, float] = {}
