@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from planner.planning.program import PlanProblem
 from planner.replanning.hints import ScalingHint, hint_replicas
@@ -89,11 +90,13 @@ class Controller:
         if isinstance(described, str):
             self.state = ReplanState(mode=self.mode, reason=described, num_changed=self.num_changed)
             return self.state
-        problem, workers = described
-        proposal = await asyncio.to_thread(self._replanner.propose, problem, workers, now)
+        problem, running = described
+        workers = [replace(worker, pinned=worker.worker_id in self._pinned_until) for worker in running]
+        proposal = await asyncio.to_thread(
+            self._replanner.propose, problem, workers, now, self._cluster.attainment(now)
+        )
         hints = await asyncio.to_thread(hint_replicas, problem, workers)
-        wanted = [change for change in proposal.changes if change.worker_id not in self._pinned_until]
-        changes = [await self._carry_out(change) for change in wanted]
+        changes = [await self._carry_out(change) for change in proposal.changes]
         num_done = sum(change.outcome == "done" for change in changes)
         if num_done or (changes and self.mode == "dry-run"):
             self._replanner.note_changed(num_done, self._clock())

@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from statistics import median
 
+from planner.collector import attains_slo
 from planner.planning.problem import make_problem
 from planner.planning.program import PlanProblem
 from planner.planning.worker_kinds import MeasuredKind
@@ -23,7 +24,8 @@ MAX_WORKERS = 4_096
 
 
 class LiveCluster:
-    """Pure but for the profiles that it reads. `profile_name`: of workers that name none."""
+    """Pure but for the profiles that it reads. `profile_name`: of workers that name none; a file's path serves those
+    that name the profile in it, too."""
 
     def __init__(self, profile_name: str | None = None, window_s: float = WINDOW_S) -> None:
         self._default = profile_name
@@ -47,8 +49,12 @@ class LiveCluster:
             return
         delay_s = observed.delay_s if observed.delay_s is not None and math.isfinite(observed.delay_s) else 0.0
         shape = RoundShape(usage.num_history_tokens, usage.num_input_tokens, usage.num_output_tokens, max(0.0, delay_s))
-        self._workload.add(f"{observed.tenant}/{observed.session}", shape, now)
+        self._workload.add(f"{observed.tenant}/{observed.session}", shape, now, on_time=attains_slo(observed))
         self._objectives.append(observed.slo)
+
+    def attainment(self, now: float) -> float:
+        """Of the rounds that the workload is made of: share that met their objectives."""
+        return self._workload.attainment(now)
 
     def list_beats(self, now: float) -> list[Heartbeat]:
         """Of workers that live and take work."""
@@ -70,11 +76,16 @@ class LiveCluster:
         for worker in workers:
             gpus[worker.gpu_type] += worker.parallel_degree
         try:
-            profiles = {name: load_profile(name) for name in gpus}
+            profiles = {name: self._load(name) for name in gpus}
             measured = self._measure(beats, profiles)
             return make_problem(profiles, gpus, model, self._common_objective(), measured=measured), workers
         except AmpdError as error:
             return error.message
+
+    def _load(self, name: str) -> Profile:
+        """Workers tell their profile's name, which is no path."""
+        default = load_profile(self._default) if self._default else None
+        return default if default is not None and name in (self._default, default.name) else load_profile(name)
 
     def _common_objective(self) -> Slo:
         return Counter(self._objectives).most_common(1)[0][0]

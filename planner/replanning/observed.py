@@ -17,6 +17,7 @@ class SeenRound:
     session: str
     ended_at: float
     shape: RoundShape
+    on_time: bool = True
 
 
 class ObservedWorkload:
@@ -31,15 +32,14 @@ class ObservedWorkload:
         self._rounds: deque[SeenRound] = deque(maxlen=MAX_ROUNDS)
         self._began_at: float | None = None
 
-    def add(self, session: str, shape: RoundShape, now: float) -> None:
+    def add(self, session: str, shape: RoundShape, now: float, *, on_time: bool = True) -> None:
         if self._began_at is None:
             self._began_at = now
-        self._rounds.append(SeenRound(session, now, shape))
+        self._rounds.append(SeenRound(session, now, shape, on_time))
 
     def model(self, now: float) -> WorkloadModel | None:
         """None as long as too little has been seen."""
-        while self._rounds and self._rounds[0].ended_at < now - self._window_s:
-            self._rounds.popleft()
+        self._forget(now)
         if len(self._rounds) < MIN_ROUNDS or self._began_at is None:
             return None
         parts: dict[str, list[RoundShape]] = {}
@@ -53,3 +53,12 @@ class ObservedWorkload:
         return WorkloadModel(
             sessions=tuple(tuple(shapes) for shapes in parts.values()), sessions_per_s=len(parts) / seen_s
         )
+
+    def attainment(self, now: float) -> float:
+        """Share of the rounds that met their objectives; 1 where there are none."""
+        self._forget(now)
+        return sum(one.on_time for one in self._rounds) / len(self._rounds) if self._rounds else 1.0
+
+    def _forget(self, now: float) -> None:
+        while self._rounds and self._rounds[0].ended_at < now - self._window_s:
+            self._rounds.popleft()

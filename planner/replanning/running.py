@@ -12,13 +12,14 @@ from shared.messages import Role
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningWorker:
     """`gpu_type`: the name under which its profile is known. num_kv_tokens: of sessions that it would have to hand on
-    when it no longer decodes."""
+    when it no longer decodes. pinned: its role is not to be changed."""
 
     worker_id: str
     gpu_type: str
     parallel_degree: int
     role: Role
     num_kv_tokens: int = 0
+    pinned: bool = False
 
     @property
     def decodes(self) -> bool:

@@ -12,6 +12,7 @@ from planner.planning.workload_model import RoundShape
 from planner.replanning.observed import ObservedWorkload
 from planner.replanning.replanner import Proposal, Replanner, ReplanParameters
 from planner.replanning.running import RunningWorker
+from planner.simulator.outcome import attains
 from planner.simulator.simulation import Simulation
 from planner.simulator.worker import SimWorker
 from shared.core.profile import Profile
@@ -49,7 +50,7 @@ class SimulatedReplanner:
         problem = make_problem(
             {self.profile.name: self.profile}, gpus, model, self.simulation.slo, measured=self._measure()
         )
-        proposal = self._replanner.propose(problem, workers, now)
+        proposal = self._replanner.propose(problem, workers, now, self._workload.attainment(now))
         if proposal.changes:
             for change in proposal.changes:
                 self.simulation.change_role(change.worker_id, change.role, now)
@@ -64,7 +65,8 @@ class SimulatedReplanner:
                 shape = RoundShape(
                     round_.num_history, round_.planned.input_tokens, round_.planned.output_tokens, delay_s
                 )
-                self._workload.add(str(round_.session.index), shape, round_.finished_at)
+                on_time = attains(round_, self.simulation.slo)
+                self._workload.add(str(round_.session.index), shape, round_.finished_at, on_time=on_time)
         self._num_seen = len(ended)
 
     def _describe(self, worker: SimWorker) -> RunningWorker:

@@ -78,6 +78,15 @@ def test_too_few_rounds_are_no_workload_and_old_ones_are_forgotten() -> None:
     assert observed.model(108.0) is None
 
 
+def test_attainment_is_of_the_rounds_in_the_window() -> None:
+    observed = ObservedWorkload(window_s=100.0)
+    assert observed.attainment(0.0) == 1.0
+    for index in range(10):
+        observed.add("s", RoundShape(0, 10, 10, 0.0), float(index), on_time=index >= 5)
+    assert observed.attainment(10.0) == 0.5
+    assert observed.attainment(104.5) == 1.0
+
+
 # --------------------------------------------------------------------------------------------- roles
 
 
@@ -127,6 +136,15 @@ def test_who_stops_decoding_has_the_least_kv_to_hand_on() -> None:
     assert choose_changes(problem_of(CHAT, 1.0), workers, replace(assessment, decoding={("h100", 2): 4})) == []
 
 
+def test_others_change_in_place_of_those_that_are_pinned() -> None:
+    workers = make_workers(3, 2)
+    pinned = [replace(worker, pinned=worker.worker_id in ("prefill-0", "both-0")) for worker in workers]
+    assessment = assess_roles(problem_of(CHAT, 1.0), count_roles(workers))
+    for num_decoding, expected in ((4, ["prefill-1", "prefill-2"]), (1, ["both-1"]), (5, ["prefill-1", "prefill-2"])):
+        wanted = replace(assessment, decoding={("h100", 2): num_decoding})
+        assert [c.worker_id for c in choose_changes(problem_of(CHAT, 1.0), pinned, wanted)] == expected
+
+
 # ----------------------------------------------------------------------------------------- replanner
 
 
@@ -161,6 +179,33 @@ def test_a_load_that_the_roles_cannot_serve_changes_them_once_it_lasts() -> None
     assert len(done) == 1
     assert done[0][0] >= ReplanParameters().hold_s
     assert assess_roles(problem_of(CHAT, rate), count_roles(workers)).now > rate
+
+
+def test_workers_that_are_late_are_at_their_capacity_whatever_the_program_says() -> None:
+    workers = make_workers(6, 2)
+    problem = problem_of(CHAT, 0.5 * assess_roles(problem_of(CHAT, 1.0), count_roles(workers)).now)
+    replanner = Replanner(ReplanParameters(hold_s=0.0))
+    assert replanner.propose(problem, workers, 0.0, attainment=0.92).reason == "the roles suffice"
+    late = replanner.propose(problem, workers, 20.0, attainment=0.7)
+    assert late.load == 1.0
+    assert late.changes
+    assert {change.role for change in late.changes} == {"both"}
+
+
+def test_a_load_that_is_served_on_time_changes_nothing_whatever_the_program_says() -> None:
+    workers = make_workers(6, 2)
+    now = assess_roles(problem_of(CHAT, 1.0), count_roles(workers)).now
+    problem = problem_of(CHAT, 1.1 * now)
+    replanner = Replanner(ReplanParameters(hold_s=0.0))
+    assert replanner.propose(problem, workers, 0.0, attainment=0.97).reason == "the roles suffice"
+    assert replanner.propose(problem, workers, 20.0, attainment=0.93).changes
+    far_too_much = problem_of(CHAT, 1.3 * now)  # its rounds are long, and those that will be late have not ended
+    assert Replanner(ReplanParameters(hold_s=0.0)).propose(far_too_much, workers, 0.0, attainment=0.97).changes
+
+
+def test_late_rounds_that_no_role_would_help_change_nothing() -> None:
+    replanner = Replanner(ReplanParameters(hold_s=0.0))
+    assert replanner.propose(problem_of(CHAT, 0.1), make_workers(0, 8), 0.0, attainment=0.1).changes == ()
 
 
 def test_a_short_burst_changes_nothing() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import pytest_asyncio
 from heartbeats import make_heartbeat
 
 from planner.replanning.controller import Controller
+from planner.replanning.live import LiveCluster
 from planner.replanning.replanner import ReplanParameters
 from shared import subjects
 from shared.bus import BusMessage
@@ -29,6 +32,7 @@ from shared.messages import (
     decode,
     encode,
 )
+from shared.profile_files import SHIPPED
 
 SLO = Slo(ttft_s=5.0, itl_s=0.05)
 AT_ONCE = ReplanParameters(hold_s=0.0, settle_s=0.0)
@@ -41,14 +45,14 @@ def make_beat(worker_id: str, role: Role, seq: int = 1) -> Heartbeat:
     )  # fmt: skip
 
 
-def make_round(session: int, index: int) -> RoundObserved:
+def make_round(session: int, index: int, ttft_s: float = 6.0) -> RoundObserved:
     """Long outputs, short inputs: decode is what there is too little of."""
     usage = Usage(
         num_history_tokens=1_500 * index, num_input_tokens=500, num_cached_tokens=0, num_output_tokens=1_000,
         prefill="local", prefill_worker="p", decode_worker="d",
     )  # fmt: skip
     return RoundObserved(
-        tenant="t", session=f"s{session}", round=index, delay_s=2.0 if index else None, ttft_s=0.1, tpot_s=0.01,
+        tenant="t", session=f"s{session}", round=index, delay_s=2.0 if index else None, ttft_s=ttft_s, tpot_s=0.01,
         slo=SLO, usage=usage, error=None,
     )  # fmt: skip
 
@@ -70,11 +74,11 @@ class Cluster:
         for index in range(2):
             self.controller.on_heartbeat(make_beat(f"both-{index}", "both", seq))
 
-    def load(self, rounds_per_s: int) -> None:
+    def load(self, rounds_per_s: int, ttft_s: float = 6.0) -> None:
         for second in range(60):
             self.now[0] += 1.0
             for number in range(rounds_per_s):
-                self.controller.on_round(make_round(second * rounds_per_s + number, second % 3))
+                self.controller.on_round(make_round(second * rounds_per_s + number, second % 3, ttft_s))
         self.beat(seq=2)
 
 
@@ -187,7 +191,7 @@ async def test_what_the_coordinator_refuses_is_said_and_not_counted(make_cluster
 async def test_little_load_changes_nothing(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster("act")
     cluster.beat()
-    cluster.load(1)
+    cluster.load(1, ttft_s=0.1)
     state = await cluster.controller.step()
     assert (state.reason, state.changes) == ("the roles suffice", ())
     assert 0.0 < state.load < 0.85
@@ -206,6 +210,21 @@ async def test_what_it_lacks_is_said(make_cluster: MakeCluster) -> None:
     cluster.load(2)
     cluster.controller.on_heartbeat(msgspec.structs.replace(unknown, seq=3))
     assert "h999-none" in (await cluster.controller.step()).reason
+
+
+def test_workers_of_a_profile_that_does_not_ship_are_planned_with_by_its_file(tmp_path: Path) -> None:
+    """They tell its name alone."""
+    content = json.loads((SHIPPED / "h100-qwen3-32b.json").read_bytes())
+    (tmp_path / "measured.json").write_text(json.dumps({**content, "name": "mine"}))
+    cluster = LiveCluster(str(tmp_path / "measured.json"))
+    for number in range(60):
+        cluster.on_round(make_round(number, 0), float(number))
+    for index, named in enumerate(("mine", "")):
+        beat = msgspec.structs.replace(make_beat(f"w{index}", "both"), profile=named)
+        cluster.on_heartbeat(beat, 60.0)
+        described = cluster.describe(60.0)
+        assert not isinstance(described, str), described
+    assert len(described[1]) == 2
 
 
 async def test_every_proposal_is_published(make_cluster: MakeCluster) -> None:
