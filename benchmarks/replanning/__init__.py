@@ -1,0 +1,1 @@
+"""Parts of benchmarks/bench_replanning.py: traffic that shifts, simulated and live."""
