@@ -18,7 +18,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """At `rate` sessions per second. capacity: what the workers sustain when they are always busy; goodput: the highest
+    """At `rate` sessions per second. capacity: what the workers sustain, EFFICIENCY of their time; goodput: the highest
     rate with the problem's target of rounds on time. `binding`: what limits the capacity, and by how many percent one
     percent more of it would raise that."""
 

@@ -18,6 +18,10 @@ GAP = 1e-4  # relative, at which a plan counts as optimal
 TIME_LIMIT_S = 60.0
 
 
+class SolverError(RuntimeError):
+    """The solver gave up on a program for a reason of its own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """`values` by the place of the variable; empty when there is none. gap: relative, between it and what is proven.
@@ -48,7 +52,7 @@ def solve(lp: LinearProgram, *, time_limit_s: float = TIME_LIMIT_S, gap: float =
     if status in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible):
         return Solution(status="infeasible", objective=np.inf, gap=0.0, seconds=seconds, values=())
     if status not in (kinds.kOptimal, kinds.kTimeLimit):
-        raise RuntimeError(f"the solver stopped with {highs.modelStatusToString(status)}")
+        raise SolverError(f"the solver stopped with {highs.modelStatusToString(status)}")
     is_integer = any(variable.is_integer for variable in lp.variables)
     return Solution(
         status="optimal" if status == kinds.kOptimal else "time limit",

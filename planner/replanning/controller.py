@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from planner.planning.program import PlanProblem
+from planner.planning.solve import SolverError
 from planner.replanning.hints import ScalingHint, hint_replicas
 from planner.replanning.live import LiveCluster
 from planner.replanning.observed import WINDOW_S
@@ -92,10 +93,14 @@ class Controller:
             return self.state
         problem, running = described
         workers = [replace(worker, pinned=worker.worker_id in self._pinned_until) for worker in running]
-        proposal = await asyncio.to_thread(
-            self._replanner.propose, problem, workers, now, self._cluster.attainment(now)
-        )
-        hints = await asyncio.to_thread(hint_replicas, problem, workers)
+        attainment = self._cluster.attainment(now)
+        try:
+            proposal = await asyncio.to_thread(self._replanner.propose, problem, workers, now, attainment)
+            hints = await asyncio.to_thread(hint_replicas, problem, workers)
+        except (AmpdError, SolverError) as error:  # costs this interval, not the service
+            log.error("not replanned", error=str(error))
+            self.state = ReplanState(mode=self.mode, reason=f"no plan: {error}", num_changed=self.num_changed)
+            return self.state
         changes = [await self._carry_out(change) for change in proposal.changes]
         num_done = sum(change.outcome == "done" for change in changes)
         if num_done or (changes and self.mode == "dry-run"):

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import pytest
 import pytest_asyncio
 from heartbeats import make_heartbeat
 
+from planner.planning.solve import SolverError
 from planner.replanning.controller import Controller
 from planner.replanning.live import LiveCluster
 from planner.replanning.replanner import ReplanParameters
@@ -233,3 +235,34 @@ async def test_every_proposal_is_published(make_cluster: MakeCluster) -> None:
     cluster.load(12)
     state = await cluster.controller.step()
     assert await asyncio.wait_for(cluster.published.get(), 10.0) == state
+
+
+async def test_workers_slower_than_their_profile_are_planned_with_as_they_are(make_cluster: MakeCluster) -> None:
+    loads = []
+    for scale in (1.0, 2.0):
+        cluster = await make_cluster("dry-run")
+        cluster.beat()
+        cluster.load(1, ttft_s=0.1)
+        for index, role in enumerate(("prefill",) * 6 + ("both",) * 2):
+            name = f"{role}-{index if role == 'prefill' else index - 6}"
+            beat = make_beat(name, "prefill" if role == "prefill" else "both", seq=3)
+            slow = msgspec.structs.replace(beat, prefill_scale=scale, decode_scale=scale)
+            cluster.controller.on_heartbeat(slow)
+        loads.append((await cluster.controller.step()).load)
+    assert loads[1] > 1.5 * loads[0]
+
+
+async def test_a_solver_that_gives_up_costs_an_interval(
+    make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: object) -> None:
+        raise SolverError("the solver stopped with Unknown")
+
+    cluster = await make_cluster("act")
+    cluster.beat()
+    cluster.load(12)
+    with monkeypatch.context() as broken:
+        broken.setattr("planner.replanning.controller.hint_replicas", give_up)
+        state = await cluster.controller.step()
+    assert (state.reason, cluster.asked) == ("no plan: the solver stopped with Unknown", [])
+    assert (await cluster.controller.step()).num_changed > 0
