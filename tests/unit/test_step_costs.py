@@ -139,8 +139,8 @@ def test_a_sliced_prefill_is_predicted_as_its_steps_would_take(
     batch: int, mean_context: float, num_history: int, num_new: int, limit_s: float
 ) -> None:
     """Against taking the largest chunk again and again: at most one step off where the rest is just more or just less
-    than a step, never far above, and below by half at most, where the objective leaves so little room that chunks of
-    the least size do not keep to it anyway."""
+    than a step, never far above, and below by a third at most; by half over many steps, where the attention that one
+    chunk in the middle stands for grows most."""
     done = 0
     steps_s: list[float] = []
     while done < num_new:
@@ -152,7 +152,8 @@ def test_a_sliced_prefill_is_predicted_as_its_steps_would_take(
         steps_s.append(COSTS.step_s(batch, mean_context, [(num_history + done, chunk)]))
         done += chunk
     sliced_s = COSTS.sliced_prefill_s(batch, mean_context, num_history, num_new, limit_s, min_chunk=64, max_chunk=8_192)
-    assert 0.5 * sum(steps_s[:-1]) <= sliced_s <= 1.2 * (sum(steps_s) + steps_s[0])
+    least = 0.65 if len(steps_s) < 8 else 0.5
+    assert least * sum(steps_s[:-1]) <= sliced_s <= 1.2 * (sum(steps_s) + steps_s[0])
 
 
 def test_one_slice_is_one_step() -> None:
