@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from shared.core.routing import OptionEstimate
 from shared.messages import Slo
 
-ADMISSION_FACTOR = 6.0  # default: times the TTFT objective
+ADMISSION_FACTOR = 3.0  # default: times the TTFT objective
 # A refused session misses all its rounds, one let in only those that are late: so the factor is well above 1.
 
 
