@@ -123,11 +123,12 @@ the second KV tier that `adaptive` has; `ampd` is the rule as written with
 alpha = beta = 0.8 and w = 3, `ampd-best` its best reading (live queue terms, alpha, beta), `ampd-split` that with at
 least one prefill worker, as the paper has it (without any, every policy is colocated).
 
-The constants inside `adaptive` were tuned by hand on the `h100-qwen3-32b` cells, with seeds that overlap these, and on
-runs that ended before the cluster was in its steady state; faults of its queue order, its steps, its predictions beside
-decodes and its batches were found on the `h100-mixtral-8x7b` cells, and mended there. The Llama cells were looked at
-for regressions only. The rivals, and three options of `adaptive`, were tuned over the options listed in cells.py
-alone."""
+The constants inside `adaptive` were tuned by hand on the `h100-qwen3-32b` cells, with seeds that overlap these, most of
+them on runs that ended before the cluster was in its steady state; the price of a worker's time and the limit of
+admission in the steady state, on those cells and on `h100-llama-3.1-70b hotpotqa` and `h100-mixtral-8x7b mooncake`.
+Faults of its queue order, its steps, its predictions beside decodes and its batches were found on the
+`h100-mixtral-8x7b` cells, and mended there. The rivals, and four options of `adaptive`, were tuned over the options
+listed in cells.py alone."""
 
 
 def _goodput_table(contents: Sequence[Content]) -> str:
