@@ -37,7 +37,9 @@ class Links:
         self.num_bytes += num_bytes
         return max(now, sent_at, received_at) + source.costs.latency_s
 
-    def _carry(self, free_at: dict[tuple[int, bool], float], end: tuple[int, bool], seconds: float, begin: float) -> float:
+    def _carry(
+        self, free_at: dict[tuple[int, bool], float], end: tuple[int, bool], seconds: float, begin: float
+    ) -> float:
         free_at[end] = done_at = max(begin, free_at.get(end, 0.0)) + seconds / self._bandwidth_scale
         return done_at
 
