@@ -75,11 +75,11 @@ SHIFTS = (
     Shift(
         name="burst",
         before=Traffic(CHAT, 3.5),
-        after=Traffic(CHAT, 10.5),
+        after=Traffic(CHAT, 14.0),
         at_s=300.0,
-        back_s=360.0,
-        until_s=900.0,
-        why="three times the rate for a minute: more than the first roles' capacity, less than the best ones'",
+        back_s=480.0,
+        until_s=1_200.0,
+        why="four times the rate for three minutes: nearly twice the first roles' capacity, all of the best ones'",
     ),
 )
 
