@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.planning.packing import Workers, as_plan
-from planner.planning.plans import SolvedPlan, solve_plan
+from planner.planning.choose import list_plans
+from planner.planning.plans import SolvedPlan
 from planner.planning.program import PlanProblem
 from planner.planning.simulated import GAIN, GROWTH, Setting, Simulated, choose_by_goodput
 from planner.simulator.goodput import find_goodput
@@ -19,13 +20,7 @@ NUM_PLANS = 4  # as `ampd plan` simulates
 
 def plan_and_choose(problem: PlanProblem, setting: Setting) -> tuple[list[SolvedPlan], list[Simulated]]:
     """What `ampd plan` does: (the program's best plans, the same simulated, best first)."""
-    distance = max(1, sum(problem.gpus.values()) // 16)
-    plans: list[SolvedPlan] = []
-    while len(plans) < NUM_PLANS:
-        plan = solve_plan(problem, "goodput", apart_from=tuple(plans), distance=distance)
-        if plan is None:
-            break
-        plans.append(plan)
+    plans = list_plans(problem, "goodput", NUM_PLANS)
     return plans, choose_by_goodput(setting, plans)
 
 

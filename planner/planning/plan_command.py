@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loadgen.workload import Workload
     from planner.planning.plan_file import PlanReport
     from planner.planning.plans import SolvedPlan
-    from planner.planning.program import PlanProblem
+    from planner.planning.program import Objective
     from planner.planning.simulated import Setting, Simulated
     from planner.planning.workload_model import WorkloadModel
     from shared.core.profile import Profile
@@ -31,9 +31,6 @@ EXAMPLE = """example:
   ampd plan --profile h100-qwen3-32b --gpu-types h100:16,h200:16 --trace sessions.jsonl --rate 20 \\
     --objective min-gpus --ttft-slo 0.5 --itl-slo 0.05 --out out/plan"""
 DEFAULT_PLANS = 4
-FURTHER = (1, 2, 4, 8)
-MARGINS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5)  # of the rate: what the program did not foresee
-CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -101,10 +98,8 @@ def command_plan(arguments: argparse.Namespace) -> int:
 
 
 def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
-    """The fewest GPUs are planned for a higher rate where the simulation misses the target at the one that is asked
-    for. Raises AmpdError INVALID_REQUEST."""
-    from dataclasses import replace
-
+    """Raises AmpdError: INVALID_REQUEST, or what cannot hold where no plan is feasible."""
+    from planner.planning.choose import choose_plan, measure_curve, measure_gains
     from planner.planning.infeasible import explain_infeasible
     from planner.planning.plan_file import PlanReport
     from planner.planning.prediction import predict
@@ -118,21 +113,16 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
     slo = read_slo(arguments.ttft_slo, arguments.itl_slo)
     workload, model, warm_up_s = read_model(arguments, profiles, slo)
     problem = make_problem(profiles, gpus, model, slo, target=arguments.target)
-    plans: list[SolvedPlan] = []
-    simulated: list[Simulated] = []
-    for margin in MARGINS if arguments.objective == "min-gpus" else MARGINS[:1]:
-        more = list_plans(replace(problem, rate=margin * problem.rate), arguments)
-        if not more:
-            break
-        found = simulate_plans(arguments, profiles, workload, model, warm_up_s, slo, more, console)
-        if not simulated or found[0].outcome.attainment > simulated[0].outcome.attainment:
-            plans, simulated = more, found
-        if not found or found[0].outcome.attainment >= arguments.target:
-            break
-    if not plans:
+    setting = make_setting(arguments, profiles, workload, model, warm_up_s, slo)
+    choice = choose_plan(
+        problem,
+        arguments.objective,
+        arguments.plans,
+        lambda plans: simulate_plans(setting, plans, arguments.objective, model.sessions_per_s, console),
+    )
+    if choice is None:
         raise explain_infeasible(problem, model, slo)
-    plan = simulated[0].plan if simulated else plans[0]
-    rate = plan.rate if arguments.objective == "goodput" else problem.rate
+    rate = choice.plan.rate if arguments.objective == "goodput" else problem.rate
     return PlanReport(
         objective=arguments.objective,
         gpus=gpus,
@@ -141,9 +131,9 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
         target=arguments.target,
         policy=arguments.policy,
         workload=model,
-        plan=plan,
-        prediction=predict(problem, plan, simulated[0].rate if simulated else rate, slo),
-        simulated=simulated,
+        plan=choice.plan,
+        prediction=predict(problem, choice.plan, choice.simulated[0].rate if choice.simulated else rate, slo),
+        simulated=choice.simulated,
         gains=measure_gains(problem),
         curve=measure_curve(problem),
     )
@@ -222,36 +212,18 @@ def read_model(
     return workload, model, choose_warm_up_s(planned.sessions, slo)
 
 
-def list_plans(problem: PlanProblem, arguments: argparse.Namespace) -> list[SolvedPlan]:
-    """The best first, those after it at least a sixteenth of the GPUs away from each before."""
-    from planner.planning.plans import solve_plan
-
-    distance = max(1, sum(problem.gpus.values()) // 16)
-    plans: list[SolvedPlan] = []
-    for _ in range(max(1, arguments.plans)):
-        plan = solve_plan(problem, arguments.objective, apart_from=tuple(plans), distance=distance)
-        if plan is None:
-            break
-        plans.append(plan)
-    return plans
-
-
-def simulate_plans(
+def make_setting(
     arguments: argparse.Namespace,
     profiles: Mapping[str, Profile],
     workload: Workload,
     model: WorkloadModel,
     warm_up_s: float,
     slo: Slo,
-    plans: list[SolvedPlan],
-    console: Console,
-) -> list[Simulated]:
-    from planner.planning.simulated import Setting, choose_by_attainment, choose_by_goodput
+) -> Setting:
+    from planner.planning.simulated import Setting
     from shared.policy_flags import build_policy, read_policy_options
 
-    if arguments.plans == 0:
-        return []
-    setting: Setting = Setting(
+    return Setting(
         profiles=profiles,
         workload=workload,
         warm_up_s=warm_up_s,
@@ -261,10 +233,17 @@ def simulate_plans(
         target=arguments.target,
         seed=arguments.seed,
     )
+
+
+def simulate_plans(
+    setting: Setting, plans: Sequence[SolvedPlan], objective: Objective, rate: float, console: Console
+) -> list[Simulated]:
+    from planner.planning.simulated import choose_by_attainment, choose_by_goodput
+
     with show_progress(console, len(plans)) as advance:
-        if arguments.objective == "goodput":
+        if objective == "goodput":
             return choose_by_goodput(setting, plans, advance)
-        return choose_by_attainment(setting, plans, model.sessions_per_s, advance)
+        return choose_by_attainment(setting, plans, rate, advance)
 
 
 @contextmanager
@@ -275,36 +254,3 @@ def show_progress(console: Console, num_plans: int) -> Iterator[Callable[[], Non
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("plans", total=num_plans)
         yield lambda: progress.advance(task)
-
-
-def measure_gains(problem: PlanProblem) -> dict[str, dict[int, float]]:
-    """What the program's capacity gains by further GPUs of each type. It never loses: what is below is the gap at which
-    the solver stops."""
-    from dataclasses import replace
-
-    now = _capacity(problem)
-    return {
-        gpu_type: {
-            n: max(0.0, _capacity(replace(problem, gpus={**problem.gpus, gpu_type: problem.gpus[gpu_type] + n})) - now)
-            for n in FURTHER
-        }
-        for gpu_type in problem.gpus
-    }
-
-
-def measure_curve(problem: PlanProblem) -> list[tuple[int, float]]:
-    """(GPUs, sessions per second), all types together scaled."""
-    from dataclasses import replace
-
-    curve: dict[int, float] = {}
-    for factor in CURVE:
-        gpus = {gpu_type: max(1, round(factor * n)) for gpu_type, n in problem.gpus.items()}
-        curve[sum(gpus.values())] = _capacity(replace(problem, gpus=gpus))
-    return sorted(curve.items())
-
-
-def _capacity(problem: PlanProblem) -> float:
-    from planner.planning.plans import solve_plan
-
-    plan = solve_plan(problem, "goodput")
-    return 0.0 if plan is None else -plan.objective  # its rate may give up a little for fewer GPUs

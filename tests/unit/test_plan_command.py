@@ -19,6 +19,7 @@ from planning_samples import make_profile
 
 from loadgen.traces import TraceRound, TraceSession, write_trace
 from planner.planning import plan_command, simulated
+from planner.planning.choose import MARGINS
 from planner.planning.plan_command import add_plan_command, load_profile_of, split_profile_name
 from planner.planning.plans import SolvedPlan
 from planner.planning.simulated import Simulated
@@ -287,7 +288,7 @@ def test_the_fewest_gpus_are_planned_with_a_margin_where_the_simulation_asks_for
     tried: list[SolvedPlan] = []
 
     def simulate(*given: Any) -> list[Simulated]:
-        plans = given[6]
+        plans = given[1]
         tried.extend(plans)
         share = min(0.99, 0.9 * plans[0].rate / (needed * 60.0))
         return [Simulated(plan=plans[0], rate=60.0, outcome=outcome_of(share), goodput_sessions_per_s=0.0)]
@@ -297,7 +298,7 @@ def test_the_fewest_gpus_are_planned_with_a_margin_where_the_simulation_asks_for
     assert told["num_gpus"] == tried[-1].num_gpus
     assert [one.num_gpus for one in tried] == sorted(one.num_gpus for one in tried)
     if num_tries is None:
-        assert len(tried) == len(plan_command.MARGINS) or tried[-1].rate < 1.5 * 60.0
+        assert len(tried) == len(MARGINS) or tried[-1].rate < 1.5 * 60.0
         assert told["simulated"]["attainment"] < 0.9
     else:
         assert len(tried) <= num_tries
