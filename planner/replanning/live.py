@@ -7,12 +7,11 @@ from collections import Counter, deque
 from statistics import median
 
 from planner.collector import attains_slo
-from planner.planning.problem import make_problem
 from planner.planning.program import PlanProblem
 from planner.planning.worker_kinds import MeasuredKind
 from planner.planning.workload_model import RoundShape
 from planner.replanning.observed import WINDOW_S, ObservedWorkload
-from planner.replanning.running import RunningWorker
+from planner.replanning.running import RunningWorker, pose_problem
 from shared.core.profile import Profile
 from shared.errors import AmpdError
 from shared.messages import Heartbeat, RoundObserved, Slo
@@ -72,13 +71,10 @@ class LiveCluster:
         if model is None:
             return "too few rounds have ended to know the workload"
         workers = [self._describe_worker(beat) for beat in beats]
-        gpus = Counter[str]()
-        for worker in workers:
-            gpus[worker.gpu_type] += worker.parallel_degree
         try:
-            profiles = {name: self._load(name) for name in gpus}
+            profiles = {name: self._load(name) for name in sorted({worker.gpu_type for worker in workers})}
             measured = self._measure(beats, profiles)
-            return make_problem(profiles, gpus, model, self._common_objective(), measured=measured), workers
+            return pose_problem(workers, profiles, measured, model, self._common_objective()), workers
         except AmpdError as error:
             return error.message
 

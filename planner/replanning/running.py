@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.messages import Role
+from planner.planning.problem import make_problem
+from planner.planning.program import PlanProblem
+from planner.planning.worker_kinds import MeasuredKind
+from planner.planning.workload_model import WorkloadModel
+from shared.core.profile import Profile
+from shared.messages import Role, Slo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +47,17 @@ def count_roles(workers: Sequence[RunningWorker]) -> RoleCounts:
     total = Counter(worker.kind for worker in workers)
     decoding = Counter(worker.kind for worker in workers if worker.decodes)
     return RoleCounts(dict(total), {kind: decoding[kind] for kind in total})
+
+
+def pose_problem(
+    workers: Sequence[RunningWorker],
+    profiles: Mapping[str, Profile],
+    measured: Mapping[tuple[str, int], MeasuredKind],
+    workload: WorkloadModel,
+    slo: Slo,
+) -> PlanProblem:
+    """What these workers could do for the workload. `profiles` by GPU type. Raises AmpdError INVALID_REQUEST."""
+    gpus = Counter[str]()
+    for worker in workers:
+        gpus[worker.gpu_type] += worker.parallel_degree
+    return make_problem(profiles, gpus, workload, slo, measured=measured)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from planner.planning.problem import make_problem
 from planner.planning.worker_kinds import MeasuredKind
 from planner.planning.workload_model import RoundShape
 from planner.replanning.observed import ObservedWorkload
 from planner.replanning.replanner import Proposal, Replanner, ReplanParameters
-from planner.replanning.running import RunningWorker
+from planner.replanning.running import RunningWorker, pose_problem
 from planner.simulator.outcome import attains
 from planner.simulator.simulation import Simulation
 from planner.simulator.worker import SimWorker
@@ -44,12 +42,8 @@ class SimulatedReplanner:
         workers = [self._describe(worker) for worker in self.simulation.workers if worker.alive]
         if model is None or not workers:
             return
-        gpus = Counter[str]()
-        for worker in workers:
-            gpus[worker.gpu_type] += worker.parallel_degree
-        problem = make_problem(
-            {self.profile.name: self.profile}, gpus, model, self.simulation.slo, measured=self._measure()
-        )
+        profiles = {self.profile.name: self.profile}
+        problem = pose_problem(workers, profiles, self._measure(), model, self.simulation.slo)
         proposal = self._replanner.propose(problem, workers, now, self._workload.attainment(now))
         if proposal.changes:
             for change in proposal.changes:
