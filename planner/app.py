@@ -163,7 +163,7 @@ def main() -> int:
         interval_s=args.interval,
         mode=args.replan,
         profile_name=args.profile,
-        parameters=ReplanParameters(hold_s=args.replan_hold, settle_s=args.replan_settle),
+        parameters=ReplanParameters(hold_s=args.replan_hold, doubt_s=args.replan_window, settle_s=args.replan_settle),
         window_s=args.replan_window,
     )
     return run_service(serve, name="planner")

@@ -16,14 +16,16 @@ from shared.messages import Role
 class ReplanParameters:
     """pressed: load, in units of the capacity, from which roles are looked at. What is seen outranks what is computed:
     below `certain` load nothing changes while the share of rounds on time is `on_time` or more, and while it is less
-    than `late` the workers count as full. hold_s: how long it must last. min_gain: relative capacity that a change must
-    bring. settle_s: after a change, before the next. max_changes in budget_s."""
+    than `late` the workers count as full. hold_s: how long it must last; doubt_s: how long while neither the load is 1
+    nor so many late, long enough for chance to pass. min_gain: relative capacity that a change must bring. settle_s:
+    after a change, before the next. max_changes in budget_s."""
 
     pressed: float = 0.85
     certain: float = 1.15
-    on_time: float = 0.95
+    on_time: float = 0.92
     late: float = 0.9
     hold_s: float = 20.0
+    doubt_s: float = 120.0
     min_gain: float = 0.1
     settle_s: float = 60.0
     max_changes: int = 8
@@ -79,7 +81,7 @@ class Replanner:
             return Proposal(reason="no roles would be much better", load=load, assessment=assessment)
         if self._pressed_since is None:
             self._pressed_since = now
-        refusal = self._refuse(now)
+        refusal = self._refuse(now, parameters.hold_s if attainment is None or load >= 1.0 else parameters.doubt_s)
         if refusal is not None:
             return Proposal(reason=refusal, load=load, assessment=assessment)
         budget = self._count_budget(now)
@@ -93,10 +95,10 @@ class Replanner:
         self._changed_at.extend([now] * num_changes)
         self._pressed_since = None
 
-    def _refuse(self, now: float) -> str | None:
+    def _refuse(self, now: float, hold_s: float) -> str | None:
         parameters = self.parameters
         assert self._pressed_since is not None
-        if now - self._pressed_since < parameters.hold_s:
+        if now - self._pressed_since < hold_s:
             return "waiting whether it lasts"
         if self._changed_at and now - self._changed_at[-1] < parameters.settle_s:
             return "waiting for the last change to settle"

@@ -198,9 +198,21 @@ def test_a_load_that_is_served_on_time_changes_nothing_whatever_the_program_says
     problem = problem_of(CHAT, 1.1 * now)
     replanner = Replanner(ReplanParameters(hold_s=0.0))
     assert replanner.propose(problem, workers, 0.0, attainment=0.97).reason == "the roles suffice"
-    assert replanner.propose(problem, workers, 20.0, attainment=0.93).changes
+    assert replanner.propose(problem, workers, 20.0, attainment=0.91).changes
     far_too_much = problem_of(CHAT, 1.3 * now)  # its rounds are long, and those that will be late have not ended
     assert Replanner(ReplanParameters(hold_s=0.0)).propose(far_too_much, workers, 0.0, attainment=0.97).changes
+
+
+def test_some_late_rounds_below_a_full_load_may_be_chance_and_must_last_longer() -> None:
+    workers = make_workers(6, 2)
+    problem = problem_of(CHAT, 0.9 * assess_roles(problem_of(CHAT, 1.0), count_roles(workers)).now)
+    replanner = Replanner()
+    times = range(0, 200, 10)
+    changed = [at for at in times if replanner.propose(problem, workers, float(at), attainment=0.91).changes]
+    assert changed[0] == ReplanParameters().doubt_s
+    assert replanner.propose(problem, workers, 200.0, attainment=0.93).reason == "the roles suffice"
+    replanner.propose(problem, workers, 210.0, attainment=0.8)
+    assert replanner.propose(problem, workers, 210.0 + ReplanParameters().hold_s, attainment=0.8).changes
 
 
 def test_late_rounds_that_no_role_would_help_change_nothing() -> None:
