@@ -45,23 +45,23 @@ class LiveSettings:
 
     The rate after it is more than two decoding workers produce within the ITL objective, and less than all do. ttft_s
     and itl_s are of the profile's time. A round is judged by ITL_ROOM times its itl_s: the policy fills steps up to the
-    objective, and what this machine needs between two steps comes on top.
+    objective, and what this machine needs between two steps comes on top. The time scale is such that this is little.
     """
 
-    time_scale: float = 15.0
+    time_scale: float = 24.0
     before_s: float = 20.0
-    after_s: float = 80.0
-    rate: float = 1.0
-    rate_after: float = 14.0
+    after_s: float = 120.0
+    rate: float = 0.6
+    rate_after: float = 8.75
     num_input: int = 1_500
     num_input_after: int = 300
     num_output: int = 8
     num_output_after: int = 24
     ttft_s: float = 0.6
     itl_s: float = 0.018
-    bucket_s: float = 5.0
-    kill_after_s: float = 8.0  # the planner, after the shift
-    planner: tuple[str, ...] = ("--interval=2", "--replan-hold=4", "--replan-settle=8", "--replan-window=20")
+    bucket_s: float = 10.0
+    kill_after_s: float = 12.0  # the planner, after the shift
+    planner: tuple[str, ...] = ("--interval=3", "--replan-hold=6", "--replan-settle=12", "--replan-window=30")
 
     @property
     def slo(self) -> Slo:
