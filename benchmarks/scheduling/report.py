@@ -99,7 +99,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def _introduction(contents: Sequence[Content]) -> str:
     run = contents[0]["run"]
-    commits = "; ".join(sorted({content["commit"] for content in contents if content.get("commit")}))
+    cells_of: dict[str, list[str]] = {}
+    for content in contents:
+        cells_of.setdefault(content.get("commit") or "unknown", []).append(f"{content['profile']}.{content['workload']}")
+    commits = "; ".join(f"{commit} ({', '.join(cells)})" for commit, cells in sorted(cells_of.items()))
     return f"""# Scheduling policies, simulated
 
 Made by `{COMMAND}`, code of {commits}; every number here is **simulated**, on 32 GPUs, with the
