@@ -101,7 +101,8 @@ def _introduction(contents: Sequence[Content]) -> str:
     run = contents[0]["run"]
     cells_of: dict[str, list[str]] = {}
     for content in contents:
-        cells_of.setdefault(content.get("commit") or "unknown", []).append(f"{content['profile']}.{content['workload']}")
+        cell = f"{content['profile']}.{content['workload']}"
+        cells_of.setdefault(content.get("commit") or "unknown", []).append(cell)
     commits = "; ".join(f"{commit} ({', '.join(cells)})" for commit, cells in sorted(cells_of.items()))
     return f"""# Scheduling policies, simulated
 
