@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is not installed
 
+from benchmarks.bench_output import describe_machine
 from benchmarks.planning.baselines import compare_baselines, summarise_baselines
 from benchmarks.planning.exhaustive import compare_exhaustively
 from benchmarks.planning.optimality import run_optimality
@@ -113,15 +113,6 @@ def run_settings(
             rows[futures[future]] = future.result()
             save([rows[spec] for spec in chosen if spec in rows])
             progress.advance(bar)
-
-
-def describe_machine() -> dict[str, Any]:
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,10 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is not installed
 
+from benchmarks.bench_output import describe_machine
 from benchmarks.replanning.calm import HOUR_S, run_periodic, run_steady
 from benchmarks.replanning.live import LiveSettings, run_live
 from benchmarks.replanning.shifts import SHIFTS, run_shift
-from benchmarks.replanning.tables import describe_machine, show_part
+from benchmarks.replanning.tables import show_part
 
 EXAMPLE = """examples:
   python benchmarks/bench_replanning.py --out replanning.json

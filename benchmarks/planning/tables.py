@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.bench_output import show_table
 from benchmarks.planning.baselines import NAMES
 
 Part = dict[str, Any]
@@ -29,19 +28,10 @@ def show_part(console: Console, name: str, part: Part) -> None:
             raise AssertionError(f"no table for {name}")
 
 
-def _show(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(title=title)
-    for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 def _show_optimality(console: Console, part: Part) -> None:
     title = f"Program against brute force: {part['instances']} instances, {part['feasible']} with a plan"
     rows = [(name, f"{value:.1e}") for name, value in part["largest_difference"].items()]
-    _show(console, title, ("objective", "largest relative difference"), rows)
+    show_table(console, title, ("objective", "largest relative difference"), rows)
     for fault in part["faults"]:
         console.print(fault, style="red")
 
@@ -60,7 +50,7 @@ def _show_scaling(console: Console, part: Part) -> None:
         )
         for row in part["rows"]
     ]
-    _show(
+    show_table(
         console, "Seconds until there is a plan", ("GPUs", "objective", "s", "", "CPU", "target", "met", "solver"), rows
     )
 
@@ -72,7 +62,7 @@ def _show_prediction(console: Console, part: Part) -> None:
         goodputs = f"{_number(row['predicted_goodput'])} / {_number(row['simulated_goodput'])}"
         rows.append((row["setting"], row["plan"], goodputs, _number(row["ratio"]), *points))
     head = ("predicted / simulated", "plan", "goodput", "ratio", "on time at 80 %", "at 100 %")
-    _show(console, "Prediction", head, rows)
+    show_table(console, "Prediction", head, rows)
     console.print(f"mean absolute difference, points: {part['mean_abs_difference_points']}")
 
 
@@ -82,7 +72,7 @@ def _show_baselines(console: Console, part: Part) -> None:
         for row in part["rows"]
     ]
     rows.append(("over ours, geometric mean", "1", *(_number(part["over_ours"][name]) for name in NAMES[1:]), ""))
-    _show(console, "Simulated goodput, sessions/s", ("setting", *NAMES, "drawn"), rows)
+    show_table(console, "Simulated goodput, sessions/s", ("setting", *NAMES, "drawn"), rows)
 
 
 def _show_exhaustive(console: Console, part: Part) -> None:
@@ -96,7 +86,7 @@ def _show_exhaustive(console: Console, part: Part) -> None:
         )
         for row in part["rows"]
     ]
-    _show(console, "The chosen plan against all", ("setting", "plans", "chosen", "best", "chosen / best"), rows)
+    show_table(console, "The chosen plan against all", ("setting", "plans", "chosen", "best", "chosen / best"), rows)
 
 
 def _number(value: float | None) -> str:

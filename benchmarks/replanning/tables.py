@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from benchmarks.bench_output import show_table
 
 Part = dict[str, Any]
 
@@ -39,7 +37,7 @@ def _show_simulated(console: Console, part: Part) -> None:
         for row in part["rows"]
     ]
     head = ("shift", "policy", "static", "re-planned", "clairvoyant", "recovered after", "changes", "lost", "met")
-    _show(console, "Rounds on time after the shift", head, rows)
+    show_table(console, "Rounds on time after the shift", head, rows)
 
 
 def _show_calm(console: Console, name: str, part: Part) -> None:
@@ -52,7 +50,9 @@ def _show_calm(console: Console, name: str, part: Part) -> None:
         str(part["lost"]),
         "yes" if part["met"] else "NO",
     )
-    _show(console, "Keeping still", ("load", "for", "rounds", "changes", "most of one worker", "lost", "met"), [row])
+    show_table(
+        console, "Keeping still", ("load", "for", "rounds", "changes", "most of one worker", "lost", "met"), [row]
+    )
 
 
 def _show_live(console: Console, part: Part) -> None:
@@ -68,30 +68,12 @@ def _show_live(console: Console, part: Part) -> None:
         for how, run in part["runs"].items()
     ]
     title = f"Live, rounds on time in percent, every {part['bucket_s']:g} s; shift at {part['shift_at_s']:g} s"
-    _show(console, title, ("roles", "rounds", "lost", "decoding", "changes", "on time"), rows)
+    show_table(console, title, ("roles", "rounds", "lost", "decoding", "changes", "on time"), rows)
     console.print(
         f"recovered after {_seconds(part['recovered_after_s'])}; tokens unchanged: {part['tokens_unchanged']}; "
         f"planner killed and back: {part['runs']['act']['planner_restarted']}",
         highlight=False,
     )
-
-
-def _show(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(title=title)
-    for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def describe_machine() -> dict[str, Any]:
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 def _percent(value: float | None) -> str:

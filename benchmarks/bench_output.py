@@ -1,0 +1,30 @@
+"""What benchmarks that simulate plans print and write alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def describe_machine() -> dict[str, Any]:
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def show_table(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The first column names, the others are numbers."""
+    table = Table(title=title)
+    for index, column in enumerate(head):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
