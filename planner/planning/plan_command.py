@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from loadgen.workload import Workload
     from planner.planning.plan_file import PlanReport
     from planner.planning.plans import SolvedPlan
-    from planner.planning.program import Objective
+    from planner.planning.program import Objective, PlanProblem
     from planner.planning.simulated import Setting, Simulated
     from planner.planning.workload_model import WorkloadModel
     from shared.core.profile import Profile
@@ -118,7 +119,7 @@ def make_plan(arguments: argparse.Namespace, console: Console) -> PlanReport:
         problem,
         arguments.objective,
         arguments.plans,
-        lambda plans: simulate_plans(setting, plans, arguments.objective, model.sessions_per_s, console),
+        lambda plans: simulate_plans(setting, problem, plans, arguments.objective, console),
     )
     if choice is None:
         raise explain_infeasible(problem, model, slo)
@@ -236,21 +237,24 @@ def make_setting(
 
 
 def simulate_plans(
-    setting: Setting, plans: Sequence[SolvedPlan], objective: Objective, rate: float, console: Console
+    setting: Setting, problem: PlanProblem, plans: Sequence[SolvedPlan], objective: Objective, console: Console
 ) -> list[Simulated]:
+    from planner.planning.flips import flip_roles
     from planner.planning.simulated import choose_by_attainment, choose_by_goodput
 
-    with show_progress(console, len(plans)) as advance:
+    neighbours = partial(flip_roles, problem)
+    with show_progress(console) as advance:
         if objective == "goodput":
-            return choose_by_goodput(setting, plans, advance)
-        return choose_by_attainment(setting, plans, rate, advance)
+            return choose_by_goodput(setting, plans, neighbours, advance)
+        return choose_by_attainment(setting, plans, problem.rate, neighbours, advance)
 
 
 @contextmanager
-def show_progress(console: Console, num_plans: int) -> Iterator[Callable[[], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def show_progress(console: Console) -> Iterator[Callable[[], None]]:
+    """How many plans there will be is not known: those with one role changed follow."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("plans simulated"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.completed} plans simulated"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("plans", total=num_plans)
+        task = progress.add_task("", total=None)
         yield lambda: progress.advance(task)

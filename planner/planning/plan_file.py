@@ -65,7 +65,11 @@ class PlanReport:
             },
             "simulated": None if not self.simulated else describe_simulated(self.simulated[0]),
             "candidates": [
-                {"workers": [asdict(w) for w in one.plan.workers], "simulated": describe_simulated(one)}
+                {
+                    "workers": [asdict(w) for w in one.plan.workers],
+                    "num_flips": one.plan.num_flips,
+                    "simulated": describe_simulated(one),
+                }
                 for one in self.simulated
             ],
             "solver": {"status": solution.status, "gap": solution.gap, "seconds": round(solution.seconds, 3)},
@@ -114,7 +118,8 @@ def describe_plan(report: PlanReport) -> str:
         "",
         f"{plan.num_gpus} of {sum(report.gpus.values())} GPUs, objective {report.objective}, TTFT "
         f"{report.slo.ttft_s:g} s, ITL {report.slo.itl_s:g} s for {report.target:.0%} of the rounds, policy "
-        f"{report.policy}. Solver: {plan.solution.status}, gap {plan.solution.gap:.2%}, {plan.solution.seconds:.2f} s.",
+        f"{report.policy}. Solver: {plan.solution.status}, gap {plan.solution.gap:.2%}, {plan.solution.seconds:.2f} s"
+        f"{_describe_flips(plan)}.",
         "",
         "| | predicted | simulated |",
         "|---|---|---|",
@@ -166,6 +171,12 @@ def _describe_other(one: Simulated) -> str:
     if one.goodput_sessions_per_s:
         return f"{one.goodput_sessions_per_s:.4g} sessions/s"
     return f"{one.outcome.attainment:.1%} of the rounds on time at {one.rate:.4g} sessions/s"
+
+
+def _describe_flips(plan: SolvedPlan) -> str:
+    if not plan.num_flips:
+        return ""
+    return f"; then the role of {plan.num_flips} worker{'s' if plan.num_flips > 1 else ''} changed, as simulation says"
 
 
 def _number(value: float | None) -> str:

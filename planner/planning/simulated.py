@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loadgen.workload import Workload
-from planner.planning.plans import SolvedPlan
+from planner.planning.plans import SolvedPlan, WorkerCount
 from planner.simulator.cluster import Cluster, WorkerGroup
 from planner.simulator.goodput import find_goodput
 from planner.simulator.outcome import Outcome
@@ -19,6 +19,10 @@ MEASURED_ROUNDS = 3_000  # a run is measured for about as many, or as long as MI
 MIN_MEASURED_S = 10.0
 GAIN = 1.02  # a plan must do this much better to replace the best so far
 GROWTH = 1.15
+MAX_CLIMBS = 4
+
+Neighbours = Callable[[SolvedPlan], Sequence[SolvedPlan]]
+Progress = Callable[[], None]  # called after each plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,38 +80,87 @@ def simulate_at(setting: Setting, plan: SolvedPlan, rate: float) -> Outcome:
 
 
 def choose_by_goodput(
-    setting: Setting, plans: Sequence[SolvedPlan], on_progress: Callable[[], None] = lambda: None
+    setting: Setting,
+    plans: Sequence[SolvedPlan],
+    neighbours: Neighbours = lambda _: (),
+    on_progress: Progress = lambda: None,
 ) -> list[Simulated]:
-    """Best first. A plan that does not meet the target just above the best goodput so far is out after one run."""
-    best = 0.0
+    """Best first. A plan that does not meet the target just above the best goodput so far is out after one run, and a
+    neighbour that does not is not in the list."""
     found: list[Simulated] = []
-    for plan in plans:
-        goodput = 0.0
-        scenario = setting.scenario(plan, plan.rate)
-        if best == 0.0 or _attains(scenario, best * GAIN, setting):
-            start = plan.rate if best == 0.0 else best * GAIN
+
+    def enter(plan: SolvedPlan, is_neighbour: bool) -> bool:
+        best = max((one.goodput_sessions_per_s for one in found), default=0.0)
+        start, goodput = best * GAIN or plan.rate, 0.0
+        scenario = setting.scenario(plan, start)
+        if best == 0.0 or _attains(scenario, start, setting):
             result = find_goodput(
-                scenario, start=start, lowest=plan.rate / 20, target=setting.target, growth=GROWTH, seed=setting.seed
+                scenario, start=start, lowest=start / 20, target=setting.target, growth=GROWTH, seed=setting.seed
             )
             goodput = result.rate
-            best = max(best, goodput)
-        rate = goodput or best or plan.rate
-        outcome, _ = scenario.run(rate, setting.seed)
-        found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=goodput))
-        on_progress()
+        is_better = goodput > best
+        if is_better or not is_neighbour:
+            rate = goodput or best or plan.rate
+            outcome, _ = scenario.run(rate, setting.seed)
+            found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=goodput))
+        return is_better
+
+    _climb(plans, neighbours, enter, on_progress)
     return sorted(found, key=lambda one: -one.goodput_sessions_per_s)
 
 
 def choose_by_attainment(
-    setting: Setting, plans: Sequence[SolvedPlan], rate: float, on_progress: Callable[[], None] = lambda: None
+    setting: Setting,
+    plans: Sequence[SolvedPlan],
+    rate: float,
+    neighbours: Neighbours = lambda _: (),
+    on_progress: Progress = lambda: None,
 ) -> list[Simulated]:
-    """At a given rate: those that meet the target first, in the order of the program; then by attainment."""
-    found = []
-    for plan in plans:
+    """At a given rate: those that meet the target first, in the order of the program; then by attainment. Neighbours
+    are looked at while none meets it."""
+    found: list[Simulated] = []
+
+    def enter(plan: SolvedPlan, is_neighbour: bool) -> bool:
+        best = max((one.outcome.attainment for one in found), default=-1.0)
+        if is_neighbour and best >= setting.target:
+            return False
         outcome = simulate_at(setting, plan, rate)
-        found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=0.0))
-        on_progress()
+        is_better = outcome.attainment > best
+        if is_better or not is_neighbour:
+            found.append(Simulated(plan=plan, rate=rate, outcome=outcome, goodput_sessions_per_s=0.0))
+        return is_better
+
+    _climb(plans, neighbours, enter, on_progress)
     return sorted(found, key=lambda one: -min(setting.target, one.outcome.attainment))
+
+
+def _climb(
+    plans: Sequence[SolvedPlan],
+    neighbours: Neighbours,
+    enter: Callable[[SolvedPlan, bool], bool],
+    on_progress: Progress,
+) -> None:
+    """All plans enter; then neighbours of the best one, until one is better, and the same with that one, MAX_CLIMBS
+    times at most. enter: (plan, whether it is a neighbour) -> whether it is the best so far."""
+    entered: set[frozenset[WorkerCount]] = set()
+
+    def enter_all(candidates: Sequence[SolvedPlan], *, are_neighbours: bool) -> Iterator[SolvedPlan]:
+        for plan in candidates:
+            workers = frozenset(plan.workers)
+            if workers in entered:
+                continue
+            entered.add(workers)
+            is_best = enter(plan, are_neighbours)
+            on_progress()
+            if is_best:
+                yield plan
+
+    bests = list(enter_all(plans, are_neighbours=False))
+    best = bests[-1] if bests else None
+    for _ in range(MAX_CLIMBS):
+        if best is None:
+            return
+        best = next(enter_all(neighbours(best), are_neighbours=True), None)
 
 
 def _attains(scenario: Scenario, rate: float, setting: Setting) -> bool:

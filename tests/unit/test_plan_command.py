@@ -288,7 +288,7 @@ def test_the_fewest_gpus_are_planned_with_a_margin_where_the_simulation_asks_for
     tried: list[SolvedPlan] = []
 
     def simulate(*given: Any) -> list[Simulated]:
-        plans = given[1]
+        plans = given[2]
         tried.extend(plans)
         share = min(0.99, 0.9 * plans[0].rate / (needed * 60.0))
         return [Simulated(plan=plans[0], rate=60.0, outcome=outcome_of(share), goodput_sessions_per_s=0.0)]

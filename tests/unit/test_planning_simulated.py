@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,14 @@ from loadgen.traces import TraceRound, TraceSession, write_trace
 from loadgen.workload import Workload
 from planner.planning import simulated
 from planner.planning.plans import SolvedPlan, WorkerCount
-from planner.planning.simulated import Setting, choose_by_attainment, choose_by_goodput, make_cluster
+from planner.planning.simulated import (
+    MAX_CLIMBS,
+    Neighbours,
+    Setting,
+    choose_by_attainment,
+    choose_by_goodput,
+    make_cluster,
+)
 from planner.planning.solve import Solution
 from planner.simulator.cluster import Cluster, WorkerGroup
 from planner.simulator.outcome import Outcome
@@ -126,7 +134,9 @@ def setting_for(workload: Workload, *, slo: Slo = SLO, target: float = 0.9) -> S
     )
 
 
-ONE, TWO = plan_of(WorkerCount("both", "slow", 1, 1)), plan_of(WorkerCount("both", "fast", 1, 1))
+ONE, TWO, THREE = (
+    plan_of(WorkerCount("both", gpu_type, 1, count)) for gpu_type, count in (("slow", 1), ("fast", 1), ("slow", 2))
+)
 
 
 def test_a_run_is_measured_for_its_rounds_and_never_for_too_short(workload: Workload) -> None:
@@ -174,18 +184,17 @@ class _FakeOutcome:
 
 
 def test_the_plan_with_the_highest_goodput_comes_first(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    third = replace(ONE, rate=5.0)
-    measured = Measured(monkeypatch, {ONE: 4.0, TWO: 9.0, third: 6.0})
+    measured = Measured(monkeypatch, {ONE: 4.0, TWO: 9.0, THREE: 6.0})
     steps = []
-    found = choose_by_goodput(setting_for(workload), [ONE, TWO, third], lambda: steps.append(1))
-    assert [one.plan for one in found] == [TWO, ONE, third]
+    found = choose_by_goodput(setting_for(workload), [ONE, TWO, THREE], on_progress=lambda: steps.append(1))
+    assert [one.plan for one in found] == [TWO, ONE, THREE]
     assert [one.goodput_sessions_per_s for one in found] == [
         pytest.approx(9.0, rel=0.03),
         pytest.approx(4.0, rel=0.03),
         0.0,
     ]
     assert found[2].rate == found[0].rate, "shown where the best has its goodput"
-    assert sum(plan is third for plan, _ in measured.runs) == 2, "out after one run, and one for what is shown"
+    assert sum(plan is THREE for plan, _ in measured.runs) == 2, "out after one run, and one for what is shown"
     assert len(steps) == 3
 
 
@@ -201,11 +210,44 @@ def test_plans_that_attain_at_no_rate_are_shown_at_that_of_the_program(
 def test_at_a_given_rate_plans_that_attain_keep_the_programs_order(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    third = replace(ONE, rate=5.0)
-    Measured(monkeypatch, {ONE: 1.0, TWO: 3.0, third: 9.0})
-    found = choose_by_attainment(setting_for(workload), [ONE, TWO, third], 3.0)
-    assert [one.plan for one in found] == [TWO, third, ONE]
+    Measured(monkeypatch, {ONE: 1.0, TWO: 3.0, THREE: 9.0})
+    found = choose_by_attainment(setting_for(workload), [ONE, TWO, THREE], 3.0)
+    assert [one.plan for one in found] == [TWO, THREE, ONE]
     assert all(one.rate == 3.0 and one.goodput_sessions_per_s == 0.0 for one in found)
+
+
+def neighbours_of(table: dict[SolvedPlan, list[SolvedPlan]]) -> Neighbours:
+    return lambda plan: table.get(plan, [])
+
+
+def test_from_the_best_plan_neighbours_are_climbed_to_as_long_as_they_are_better(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse, better, best = (plan_of(WorkerCount("both", "slow", 2, n)) for n in (1, 2, 3))
+    measured = Measured(monkeypatch, {ONE: 4.0, TWO: 3.0, worse: 2.0, better: 6.0, best: 9.0, THREE: 5.0})
+    table = {ONE: [worse, better, THREE], better: [ONE, worse, best], best: [better], TWO: [best]}
+    found = choose_by_goodput(setting_for(workload), [ONE, TWO], neighbours_of(table))
+    assert [one.plan for one in found] == [best, better, ONE, TWO]
+    assert sum(plan is worse for plan, _ in measured.runs) == 1, "out after one run, and not seen again"
+    assert not any(plan is THREE for plan, _ in measured.runs), "after what is better comes what is beside that"
+
+
+def test_climbing_ends(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [plan_of(WorkerCount("both", "slow", 1, 1 + n)) for n in range(20)]
+    Measured(monkeypatch, {plan: 2.0 + n for n, plan in enumerate(plans)})
+    table = {plan: [after] for plan, after in pairwise(plans)}
+    found = choose_by_goodput(setting_for(workload), plans[:1], neighbours_of(table))
+    assert found[0].plan is plans[MAX_CLIMBS]
+
+
+def test_at_a_given_rate_neighbours_are_looked_at_while_the_target_is_missed(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Measured(monkeypatch, {ONE: 1.0, TWO: 3.0, THREE: 9.0})
+    table = {ONE: [TWO], TWO: [THREE]}
+    found = choose_by_attainment(setting_for(workload), [ONE], 3.0, neighbours_of(table))
+    assert [one.plan for one in found] == [TWO, ONE]
+    assert not any(plan is THREE for plan, _ in measured.runs)
 
 
 def test_real_runs_prefer_the_faster_worker(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
