@@ -2,8 +2,8 @@
 
 A batch that has outgrown its objective makes everybody in it late, new rounds too, and does not recover by itself:
 slower rounds stay longer. So it decodes as many as keep a step within the objective, those with the least slack first:
-who is ahead of its objective can wait for some steps. Who has fallen behind goes last; the oldest of them always has a
-place, so that each gets its turn.
+who is ahead of its objective can wait for some steps. Who has fallen behind goes last, at once: least slack first has
+everybody miss by a little when there are too many. The oldest of them always has a place, so that each gets its turn.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from shared.core.step_costs import StepCosts
 
-BATCH_SHARE = 0.95  # of the ITL objective that a decode step may take
-PATIENCE_TOKENS = 8  # so many tokens behind its objective, a round is taken to have missed it
+BATCH_SHARE = 0.9  # of the ITL objective that a decode step may take, so that who is behind can catch up
 
 
 @dataclass(slots=True)
@@ -30,7 +29,7 @@ class Decoding:
         return self.num_produced * self.itl_slo_s - (now - self.first_token_at)
 
     def is_behind(self, now: float) -> bool:
-        return self.slack_s(now) < -PATIENCE_TOKENS * self.itl_slo_s
+        return self.slack_s(now) < 0.0
 
 
 def fits(costs: StepCosts, batch: int, mean_context: float, itl_slo_s: float) -> bool:

@@ -187,15 +187,15 @@ def test_prefills_share_a_step_while_that_makes_none_late(due_s: float, expected
 
 
 def test_no_more_decode_than_their_objective_allows_and_each_gets_its_turn() -> None:
-    """Steps of n take 10 + n ms: 9 of 12 keep to 0.95 of 20.2 ms. Who has waited has less slack than who decoded."""
+    """Steps of n take 10 + n ms: 9 of 12 keep to 0.9 of 21.2 ms. Who has waited has less slack than who decoded."""
     scheduler = make_scheduler(num_blocks=400, prefill=512)
     follow(scheduler, chunk=ChunkParameters(limits_batch=True))
     for number in range(12):
-        add_session(scheduler, f"s{number}", 2).itl_slo_s = 0.0202
+        add_session(scheduler, f"s{number}", 2).itl_slo_s = 0.0212
     run_step(scheduler)
     counts = Counter[str]()
     for step in range(12):
-        items = scheduler.plan_step(0.02 * step)
+        items = scheduler.plan_step(0.015 * step)  # three quarters of them in 15 ms: nobody falls behind
         assert len(items) == 9
         for item in items:
             item.sequence.kv.num_kv += 1
