@@ -1,10 +1,12 @@
-"""What benchmarks that simulate plans print and write alike."""
+"""What benchmarks that simulate print and write alike."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +20,13 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def read_commit() -> str | None:
+    """Of the code that runs, "+" when it has been changed since; None outside of a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def show_table(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

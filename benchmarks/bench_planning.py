@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is not installed
 
-from benchmarks.bench_output import describe_machine
+from benchmarks.bench_output import describe_machine, read_commit
 from benchmarks.planning.baselines import compare_baselines, summarise_baselines
 from benchmarks.planning.exhaustive import compare_exhaustively
 from benchmarks.planning.optimality import run_optimality
@@ -57,7 +57,7 @@ def main() -> int:
         if part in SPECS_OF and not select(SPECS_OF[part], args.settings):
             sys.exit(f"--settings: {part} has {', '.join(one.name for one in SPECS_OF[part])}")
     console = Console(stderr=True, width=150)
-    document: dict[str, Any] = {"seed": args.seed, "machine": describe_machine()}
+    document: dict[str, Any] = {"seed": args.seed, "commit": read_commit(), "machine": describe_machine()}
 
     def save(part: str, content: dict[str, Any]) -> None:
         document[part] = content

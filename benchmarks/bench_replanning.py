@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is not installed
 
-from benchmarks.bench_output import describe_machine
+from benchmarks.bench_output import describe_machine, read_commit
 from benchmarks.replanning.calm import HOUR_S, run_periodic, run_steady
 from benchmarks.replanning.live import LiveSettings, run_live
 from benchmarks.replanning.shifts import SHIFTS, run_shift
@@ -47,7 +47,7 @@ def main() -> int:
     if any(part != "live" for part in parts) and not args.traces.is_dir():
         sys.exit(f"no traces at {args.traces}: give the folder of the trace files with --traces")
     console = Console(stderr=True, width=150)
-    document: Row = {"seed": args.seed, "machine": describe_machine()}
+    document: Row = {"seed": args.seed, "commit": read_commit(), "machine": describe_machine()}
 
     def save(part: str, content: Row) -> None:
         document[part] = content

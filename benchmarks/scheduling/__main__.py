@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.bench_output import read_commit
 from benchmarks.scheduling.ablation import run_ablation, run_sensitivity
 from benchmarks.scheduling.cells import MODELS, POLICY_NAMES, WORKLOADS, Candidate, Cell, make_candidate, make_cell
 from benchmarks.scheduling.grid import run_grid
@@ -156,13 +156,6 @@ def describe_cell(cell: Cell) -> dict[str, Any]:
         "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
         "search": {},
     }
-
-
-def read_commit() -> str | None:
-    """Of the code that runs, "+" when it has been changed since; None outside of a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
