@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.planning.packing import Workers, as_plan
 from planner.planning.choose import list_plans
-from planner.planning.flips import flip_roles
+from planner.planning.neighbours import list_neighbours
 from planner.planning.plans import SolvedPlan
 from planner.planning.program import PlanProblem
 from planner.planning.simulated import GAIN, GROWTH, Setting, Simulated, choose_by_goodput
@@ -23,7 +23,7 @@ NUM_PLANS = 4  # as `ampd plan` simulates
 def plan_and_choose(problem: PlanProblem, setting: Setting) -> tuple[list[SolvedPlan], list[Simulated]]:
     """What `ampd plan` does: (the program's best plans, the same simulated, best first)."""
     plans = list_plans(problem, "goodput", NUM_PLANS)
-    return plans, choose_by_goodput(setting, plans, partial(flip_roles, problem))
+    return plans, choose_by_goodput(setting, plans, partial(list_neighbours, problem))
 
 
 def judge(setting: Setting, plan: SolvedPlan, start: float) -> float:

@@ -239,10 +239,10 @@ def make_setting(
 def simulate_plans(
     setting: Setting, problem: PlanProblem, plans: Sequence[SolvedPlan], objective: Objective, console: Console
 ) -> list[Simulated]:
-    from planner.planning.flips import flip_roles
+    from planner.planning.neighbours import list_neighbours
     from planner.planning.simulated import choose_by_attainment, choose_by_goodput
 
-    neighbours = partial(flip_roles, problem)
+    neighbours = partial(list_neighbours, problem)
     with show_progress(console) as advance:
         if objective == "goodput":
             return choose_by_goodput(setting, plans, neighbours, advance)
@@ -251,7 +251,7 @@ def simulate_plans(
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Callable[[], None]]:
-    """How many plans there will be is not known: those with one role changed follow."""
+    """How many plans there will be is not known: those one change away follow."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.completed} plans simulated"), TimeElapsedColumn())

@@ -67,7 +67,7 @@ class PlanReport:
             "candidates": [
                 {
                     "workers": [asdict(w) for w in one.plan.workers],
-                    "num_flips": one.plan.num_flips,
+                    "num_changes": one.plan.num_changes,
                     "simulated": describe_simulated(one),
                 }
                 for one in self.simulated
@@ -119,7 +119,7 @@ def describe_plan(report: PlanReport) -> str:
         f"{plan.num_gpus} of {sum(report.gpus.values())} GPUs, objective {report.objective}, TTFT "
         f"{report.slo.ttft_s:g} s, ITL {report.slo.itl_s:g} s for {report.target:.0%} of the rounds, policy "
         f"{report.policy}. Solver: {plan.solution.status}, gap {plan.solution.gap:.2%}, {plan.solution.seconds:.2f} s"
-        f"{_describe_flips(plan)}.",
+        f"{_describe_changes(plan)}.",
         "",
         "| | predicted | simulated |",
         "|---|---|---|",
@@ -173,10 +173,10 @@ def _describe_other(one: Simulated) -> str:
     return f"{one.outcome.attainment:.1%} of the rounds on time at {one.rate:.4g} sessions/s"
 
 
-def _describe_flips(plan: SolvedPlan) -> str:
-    if not plan.num_flips:
+def _describe_changes(plan: SolvedPlan) -> str:
+    if not plan.num_changes:
         return ""
-    return f"; then the role of {plan.num_flips} worker{'s' if plan.num_flips > 1 else ''} changed, as simulation says"
+    return f"; then changed in {plan.num_changes} place{'s' if plan.num_changes > 1 else ''}, as simulation says"
 
 
 def _number(value: float | None) -> str:

@@ -32,14 +32,14 @@ class WorkerCount:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolvedPlan:
     """rate: sessions per second that its workers sustain; for min-p95 those that were asked for. objective: what was
-    minimised, before fewer GPUs were looked for: minus the highest rate, GPUs, or seconds. num_flips: workers that have
-    another role than in the program's plan that this one comes from, which objective and solution are of."""
+    minimised, before fewer GPUs were looked for: minus the highest rate, GPUs, or seconds. num_changes: steps of
+    `list_neighbours` from the program's plan that this one comes from, which objective and solution are of."""
 
     workers: tuple[WorkerCount, ...]
     rate: float
     objective: float
     solution: Solution
-    num_flips: int = 0
+    num_changes: int = 0
 
     @property
     def num_gpus(self) -> int:
