@@ -19,8 +19,8 @@ from shared.messages import Slo
 PrefillClass = Literal["first", "later", "again"]
 PREFILL_CLASSES: tuple[PrefillClass, ...] = ("first", "later", "again")
 ITL_SHARE = 0.9  # of the ITL objective that a step may take, as the chunks of `adaptive`
-MAX_BATCH = 256  # sequences of a step, as the workers'
-BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MAX_BATCH = 512  # sequences of a step, as the workers'
+BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 FULL_CHUNK = 8_192  # tokens of a step that only prefills
 
 

@@ -39,7 +39,7 @@ class Cluster:
     bandwidth_scale: float = 1.0
     control_scale: float = 1.0
     pauses: bool = False
-    max_batch: int = 256
+    max_batch: int = 512  # sequences that decode in a step: profiles know no more
     kv_tokens: int | None = None  # of each worker; None: what the profile says
 
     @property

@@ -26,7 +26,7 @@ class DecodeBatch:
     KV entry when it leaves.
     """
 
-    def __init__(self, policy: SchedulingPolicy, costs: StepCosts, itl_slo_s: float) -> None:
+    def __init__(self, policy: SchedulingPolicy, costs: StepCosts, itl_slo_s: float, max_batch: int) -> None:
         self.rounds: dict[SimRound, SimKv] = {}
         self.joining: list[SimRound] = []  # will be in the batch from the next step on, or when it has a place
         self.size = 0
@@ -37,6 +37,7 @@ class DecodeBatch:
         self.is_limited = policy.chunk.limits_batch
         self._costs = costs
         self._itl_slo_s = itl_slo_s
+        self._max_batch = max_batch
         self._uses_windows = policy.uses_windows
         self._decoded_at = 0.0  # end of the last decode step
         self._num_entries = 0
@@ -45,23 +46,31 @@ class DecodeBatch:
         self._log_steps_s: list[float] = [0.0]  # ... had steps of this duration
 
     @property
+    def is_full(self) -> bool:
+        return self.size >= self._max_batch
+
+    @property
     def mean_context(self) -> float:
         return self.num_context_tokens / self.size if self.size else 0.0
 
     def begin_joining(self, now: float) -> None:
-        """Those that are to decode do so from the next step on, as far as their objective allows."""
+        """Those that are to decode do so from the next step on, as far as there are places and their objective
+        allows."""
         waiting = [round_ for round_ in self.joining if round_ in self.rounds]
         self.joining.clear()
         total = self.size + len(waiting)
         num_tokens = self.num_context_tokens + sum(one.num_prompt + one.num_produced for one in waiting)
         if not self.is_limited or not total or fits(self._costs, total, num_tokens / total, self._itl_slo_s):
-            for round_ in waiting:
+            num_places = self._max_batch - self.size
+            for round_ in waiting[:num_places]:
                 self.begin(round_, now)
+            self.joining += waiting[num_places:]
             return
         running = [round_ for round_ in self.rounds if round_.entry]
         everyone = [*running, *waiting]
         decoding = [Decoding(one.first_token_at, self._count_produced(one), self._itl_slo_s) for one in everyone]
-        chosen = {everyone[index] for index in choose_batch(self._costs, decoding, num_tokens / total, now)}
+        fitting = choose_batch(self._costs, decoding, num_tokens / total, now)[: self._max_batch]
+        chosen = {everyone[index] for index in fitting}
         for round_ in running:
             if round_ not in chosen:
                 self.stop(round_)

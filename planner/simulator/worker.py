@@ -56,7 +56,7 @@ class SimWorker:
         self.costs = costs
         self.memory = KvMemory(costs.num_kv_tokens, host_kv_tokens, policy, costs, load.worker_id)
         self.alive = True
-        self.batch = DecodeBatch(policy, costs, itl_slo_s)
+        self.batch = DecodeBatch(policy, costs, itl_slo_s, max_batch)
         self.queue = PrefillQueue()
         self.preemption = Preemption(self.batch, self.queue, self.memory, load)
         self.ttft = RollingMean(policy.window_s)
@@ -178,7 +178,7 @@ class SimWorker:
             round_.note_token(now)
             if round_.num_produced >= round_.planned.output_tokens:
                 self.end_round(round_, now)
-            elif self.batch.is_limited:
+            elif self.batch.is_limited or self.batch.is_full:
                 self.batch.joining.append(round_)
             else:
                 self.batch.begin(round_, now)

@@ -133,6 +133,6 @@ def _load_emulated(args: argparse.Namespace) -> WorkerEngine:
         make_kv_client=make_kv_client,
         chunk_tokens=ChunkParameters().chunk_tokens,
         max_prefill_tokens=ChunkParameters().max_prefill_tokens,
-        max_batch=256,
+        max_batch=512,  # as far as profiles go
         report_end=report_end,
     )

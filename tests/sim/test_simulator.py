@@ -16,6 +16,7 @@ import pytest
 
 from loadgen.plan import PlannedRound, PlannedSession
 from planner.simulator.cluster import Cluster, WorkerGroup
+from planner.simulator.decode_batch import DecodeBatch
 from planner.simulator.event_heap import EventHeap, Handler
 from planner.simulator.failures import Failure
 from planner.simulator.placement import LOCAL_CONTROL_S, REMOTE_CONTROL_S
@@ -345,6 +346,27 @@ def test_a_batch_decodes_no_more_than_its_objective_allows() -> None:
     limited, free = (list_gaps(one, limit_s / BATCH_SHARE) for one in (policy, without))
     longest_limited, longest_free = (max(gap_s for gaps in one for _, gap_s in gaps) for one in (limited, free))
     assert longest_limited > 1.5 * longest_free, "some wait for a step or more, which nobody does without the limit"
+
+
+@pytest.mark.parametrize("policy", ["colocated", "adaptive"])
+def test_no_more_decode_in_a_step_than_a_worker_has_places(policy: str) -> None:
+    """60 rounds at once on a worker of 20 places: nobody is lost, and a step never has more."""
+    sessions = [session(index, 0.0, (50, 60)) for index in range(60)]
+    chosen = with_options(find_policy(policy), WITHOUT_ADMISSION) if policy == "adaptive" else policy
+    largest = 0
+    begin = DecodeBatch.begin
+
+    def watch(batch: DecodeBatch, round_: SimRound, now: float) -> None:
+        nonlocal largest
+        begin(batch, round_, now)
+        largest = max(largest, batch.size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeBatch, "begin", watch)
+        result, _ = simulate(replace(cluster(both=1), max_batch=20), chosen, sessions, Slo(ttft_s=1_000.0, itl_s=1.0))
+    assert largest == 20
+    assert all(not one.error and one.finished_at > 0.0 for one in result.rounds)
+    assert len(result.rounds) == 60
 
 
 def test_two_sequences_decode_in_one_batch() -> None:
