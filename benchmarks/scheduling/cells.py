@@ -178,7 +178,7 @@ def list_options(policy_name: str) -> list[dict[str, Any]]:
         case "adaptive":  # two leave batches more of their slack, where decode is what is short
             return [
                 {},
-                {"routing.crowd_price": 0.0},
+                {"routing.crowd_price": 0.5},
                 {"routing.crowd_price": 1.0, "routing.crowd_share": 0.5, "routing.congestion_price": 0.1},
                 {"routing.congestion_price": 3.0},
                 {"routing.chunk.itl_share": 0.7},

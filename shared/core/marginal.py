@@ -3,8 +3,8 @@
 Counted are this round and those it would disturb. On a queue that serves on-time rounds first (Moore-Hodgson), one
 more prefill changes the number of on-time rounds by 1 or 0: it gains one if it fits before its deadline without
 pushing a later one past its own. Where others decode, chunks are sized to the batch's ITL slack and cost it nothing
-that it has no time for; what they cost a batch with hardly any, as slower tokens keep more sequences in it, has
-a price (crowd_price). Predictions are uncertain: a margin counts by the probability that it holds.
+that it has no time for; what they cost a batch with hardly any, as slower tokens keep more sequences in it, is
+a price that can be set (crowd_price). Predictions are uncertain: a margin counts by the probability that it holds.
 """
 
 from __future__ import annotations

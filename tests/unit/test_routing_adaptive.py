@@ -106,18 +106,17 @@ def test_remote_when_the_batch_leaves_no_time_for_chunks() -> None:
     assert decision.placement == "remote"
 
 
-def test_a_crowded_batch_has_its_price() -> None:
+def test_a_crowded_batch_has_its_price_if_one_is_set() -> None:
     """240 sequences leave time for small chunks, not for many: the prefill would be on time, the batch would grow."""
     crowded, free = worker("d", decoding=240), worker("p", role="prefill", queue_s=0.3, due_s=0.5)
     seen = view(crowded, free)
     assert COSTS.decode_step_s(241, 2_000) > PARAMETERS.crowd_share * SLO.itl_s
     assert option(route(seen), "d").on_time > 0.99
-    assert route(seen).placement == "remote"
-    assert option(route(seen), "d").disturbed > 0.3
-    assert route(view(worker("d", decoding=60), free)).placement == "local"
-    free_of_charge = route_adaptive(seen, replace(PARAMETERS, crowd_price=0.0))
-    assert free_of_charge.placement == "local"
-    assert option(free_of_charge, "d").disturbed == 0.0
+    assert route(seen).placement == "local"
+    assert option(route(seen), "d").disturbed == 0.0
+    priced = replace(PARAMETERS, crowd_price=0.5)
+    assert route_adaptive(seen, priced).placement == "remote"
+    assert route_adaptive(view(worker("d", decoding=60), free), priced).placement == "local"
 
 
 def test_many_short_prefills_ahead_take_full_steps_beside_the_batch() -> None:
@@ -252,9 +251,6 @@ def draw_view(seed: int) -> RoutingView:
     )
 
 
-MOST_DISTURBED = 1.0 + PARAMETERS.crowd_price  # one round, and the batch
-
-
 def test_it_never_takes_an_option_with_fewer_rounds_on_time() -> None:
     """Beyond what the cost of an option may weigh; and the reason names the expected rounds."""
     for seed in range(2_000):
@@ -263,7 +259,7 @@ def test_it_never_takes_an_option_with_fewer_rounds_on_time() -> None:
         best = max(decision.options, key=gain)
         assert gain(decision.chosen) >= gain(best) - weigh(seen, best), f"seed {seed}"
         assert decision.reason == f"{gain(decision.chosen):+.2f} rounds on time", f"seed {seed}"
-        assert all(0.0 <= one.on_time <= 1.0 and 0.0 <= one.disturbed <= MOST_DISTURBED for one in decision.options), (
+        assert all(0.0 <= one.on_time <= 1.0 and 0.0 <= one.disturbed <= 1.0 for one in decision.options), (
             f"seed {seed}"
         )
         moved = decision.worker_id.startswith("m")
