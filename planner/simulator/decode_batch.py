@@ -60,7 +60,7 @@ class DecodeBatch:
         self.joining.clear()
         total = self.size + len(waiting)
         num_tokens = self.num_context_tokens + sum(one.num_prompt + one.num_produced for one in waiting)
-        if not self.is_limited or not total or fits(self._costs, total, num_tokens / total, self._itl_slo_s):
+        if not self.is_limited or not total or self._has_place_for_all(total, num_tokens):
             num_places = self._max_batch - self.size
             for round_ in waiting[:num_places]:
                 self.begin(round_, now)
@@ -80,6 +80,10 @@ class DecodeBatch:
                 self.begin(round_, now)
             else:
                 self.joining.append(round_)
+
+    def _has_place_for_all(self, num_rounds: int, num_tokens: int) -> bool:
+        fits_objective = fits(self._costs, num_rounds, num_tokens / num_rounds, self._itl_slo_s)
+        return num_rounds <= self._max_batch and fits_objective
 
     def _count_produced(self, round_: SimRound) -> int:
         return round_.num_produced + (self.tick - round_.joined_tick if round_.entry else 0)
