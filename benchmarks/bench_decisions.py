@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -29,6 +27,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is not installed
+
+from benchmarks.bench_output import describe_machine
 from shared.core.load import WorkerLoad
 from shared.core.policies import POLICIES, with_options
 from shared.core.reordering import OrderName, OrderParameters, PrefillOrder, WaitingPrefill
@@ -138,15 +139,6 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     costs = views[args.new_tokens[0]].decode.costs
     add("largest chunk", None, partial(costs.largest_chunk, 32, 5_000.0, 8_000, 0.045))
     return rows
-
-
-def describe_machine() -> dict[str, Any]:
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 def show(document: dict[str, Any]) -> None:
