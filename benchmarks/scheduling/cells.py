@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ SMALLEST_ROOM = 100_000  # KV tokens of a worker for the degree that objectives 
 CHUNKS = (512, 256, 1_024, 2_048)
 PREFILL_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)
 
-# duration: what is measured, after a warm-up as long as sessions take
+MAX_ROUNDS = 10_000.0  # measured, at the rate where searches begin
+
+# duration: what is measured, after a warm-up as long as sessions take; shorter where that has MAX_ROUNDS already
 _TRACES: dict[str, dict[str, Any]] = {
     "claude_code": {"file": "claude_code_kvct.jsonl", "duration": 1_000.0},
     "mooncake": {"file": "mooncake_conversation.jsonl", "duration": 120.0},
@@ -90,9 +93,12 @@ def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_facto
     sessions = plan_at(replace(workload, duration=NUM_SLO_SESSIONS), 1.0, 0).sessions
     slo, mean_work_s = choose_slo(profile, sessions, ttft_factor)
     warm_up_s = choose_warm_up_s(sessions, slo)
-    workload = replace(workload, duration=warm_up_s + fields["duration"])
     degree = smallest_degree(profile)
     saturation = NUM_DEVICES / degree / mean_work_s  # sessions a second of prefill alone
+    first_rate = saturation / 3
+    mean_rounds = sum(len(session.rounds) for session in sessions) / len(sessions)
+    measured_s = min(fields["duration"], ceil(MAX_ROUNDS / mean_rounds / first_rate))
+    workload = replace(workload, duration=warm_up_s + measured_s)
     return Cell(
         profile=profile,
         workload_name=workload_name,
@@ -100,7 +106,7 @@ def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_facto
         warm_up_s=warm_up_s,
         slo=slo,
         lowest_rate=saturation / 300,
-        first_rate=saturation / 3,
+        first_rate=first_rate,
         longest_context=max(session.num_tokens for session in sessions),
     )
 
