@@ -110,6 +110,8 @@ def run_cell(
                 content[part] = run_ablation(cell, adaptive, goodput)
             case "sensitivity":
                 content[part] = run_sensitivity(cell, read_bests(cell, content))
+        if part != "search":
+            content.setdefault("commits", {})[part] = read_commit()
         save(path, content)
     return time.monotonic() - started
 

@@ -103,6 +103,9 @@ def _introduction(contents: Sequence[Content]) -> str:
     for content in contents:
         cell = f"{content['profile']}.{content['workload']}"
         cells_of.setdefault(content.get("commit") or "unknown", []).append(cell)
+        for part, commit in content.get("commits", {}).items():
+            if commit != content.get("commit"):
+                cells_of.setdefault(commit, []).append(f"{cell}: {part}")
     commits = "; ".join(f"{commit} ({', '.join(cells)})" for commit, cells in sorted(cells_of.items()))
     return f"""# Scheduling policies, simulated
 
