@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_output import read_commit
+
 EXAMPLE = """examples:
   python -m benchmarks.scheduling.fidelity trace.jsonl --engine emulated --profile h100-qwen3-32b --time-scale 10 \\
     --policies remote,adaptive --rates 4,8,12 --cluster prefill:2x2,decode:2x2 --duration 20 --out out/fidelity
@@ -50,6 +52,7 @@ def main() -> int:
         "engine": args.engine,
         "profile": args.profile,
         "time_scale": float(args.time_scale) if args.engine == "emulated" else None,
+        "commit": read_commit(),
         "options": common,
         "rows": rows,
         "largest_difference_points": max(abs(row["difference_points"]) for row in rows),
