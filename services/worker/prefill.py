@@ -221,7 +221,7 @@ class PrefillRole:
 
     def _has_room(self) -> bool:
         """Whether one more task is to be staged: as few as keep the next step full while a history is pulled."""
-        num_tokens = sum(job.num_new_tokens for job in self._staged)
+        num_tokens = sum(job.num_missing_tokens for job in self._staged)
         return may_stage(
             self._engine.scheduler.chunk, len(self._staged), num_tokens, max_staged=self._context.limits.max_staged
         )

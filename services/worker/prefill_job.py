@@ -68,6 +68,11 @@ class PrefillJob:
         return self.num_tokens - self.num_history_tokens
 
     @property
+    def num_missing_tokens(self) -> int:
+        """Of the new tokens, those that are still to be computed."""
+        return self.num_new_tokens if self.kv is None else min(self.num_new_tokens, self.num_tokens - self.kv.num_kv)
+
+    @property
     def queued_s(self) -> float:
         return max(0.0, self.compute_started_at - self.received_at - self.transfer_s)
 
