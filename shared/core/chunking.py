@@ -53,8 +53,8 @@ def budget_prefill_tokens(
 def may_stage(
     parameters: ChunkParameters, num_staged: int, num_tokens: int, *, max_staged: int = MAX_STAGED_PREFILLS
 ) -> bool:
-    """Whether one more remote prefill leaves the queue beside `num_staged` that miss `num_tokens` in all: as few as keep
-    the next step full while a history is read."""
+    """Whether one more remote prefill leaves the queue beside `num_staged` that miss `num_tokens`: as few as keep the
+    next step full while a history is read."""
     return num_staged < 2 or (num_staged < max_staged and num_tokens < 2 * parameters.max_prefill_tokens)
 
 

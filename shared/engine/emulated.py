@@ -19,7 +19,7 @@ from shared.transport.memory import HostKvMemory
 
 EOS_TOKEN_ID = 2
 FIRST_ORDINARY_ID = 3  # the ids before it are special ones, as in most vocabularies: none of them is ever produced
-CATCH_UP_SHARE = 0.1  # of a step's duration, see EmulatedRunner.step
+CATCH_UP_SHARE, CATCH_UP_S = 0.1, 0.01  # of a step's duration, and of the wall clock: see EmulatedRunner.step
 _DTYPE = "float16"
 _NUM_LAYERS = 1
 _MASK = (1 << 64) - 1
@@ -77,12 +77,14 @@ class EmulatedRunner:
     def step(self, items: Sequence[StepItem]) -> list[int | None]:
         """The next token of every item that samples. Returns when the step's time is over, in a thread that may wait.
 
-        A step that begins right after the last one ended (within a tenth of its own duration) counts from that end:
-        what this process needs between steps, and how late the machine woke it, would otherwise add to every step.
+        A step that begins right after the last one ended (within a tenth of its own duration, 10 ms at most) counts
+        from that end: what this process needs between steps, and how late the machine woke it, would otherwise add to
+        every step. A worker that had nothing to do for longer gets none of that time back.
         """
         now = self._clock()
         duration_s = self.time_scale * step_s(self.costs, items)
-        started = self._ended_at if now - self._ended_at <= CATCH_UP_SHARE * duration_s else now
+        is_next = now - self._ended_at <= min(CATCH_UP_SHARE * duration_s, CATCH_UP_S)
+        started = self._ended_at if is_next else now
         self._ended_at = started + duration_s
         tokens = [
             None if item.sampling is None else choose_token(item, self.vocab_size)  # within the step's time

@@ -138,6 +138,17 @@ def test_time_between_steps_does_not_add_up_and_idle_time_is_not_taken_back() ->
     assert time.now - started == pytest.approx(step_s)
 
 
+def test_a_long_step_takes_back_no_more_idle_time_than_a_short_one() -> None:
+    time = ManualTime()
+    runner = make_runner(time, time_scale=10.0)
+    runner.step([chunk(4096)])
+    time.now += 0.02  # a tenth of the next step is far more
+    started = time.now
+    runner.step([chunk(4096)])
+    assert time.now - started == pytest.approx(10 * runner.costs.prefill_s(0, 4096))
+    assert 10 * runner.costs.prefill_s(0, 4096) > 0.4
+
+
 def test_a_machine_that_wakes_late_is_noticed() -> None:
     time = ManualTime()
     runner = make_runner(time)
