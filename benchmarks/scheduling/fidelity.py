@@ -53,6 +53,7 @@ def main() -> int:
         "profile": args.profile,
         "time_scale": float(args.time_scale) if args.engine == "emulated" else None,
         "commit": read_commit(),
+        "trace": Path(args.trace).name,
         "options": common,
         "rows": rows,
         "largest_difference_points": max(abs(row["difference_points"]) for row in rows),
