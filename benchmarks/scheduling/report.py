@@ -134,9 +134,9 @@ The constants inside `adaptive` were tuned by hand on the `h100-qwen3-32b` cells
 them on runs that ended before the cluster was in its steady state; the price of a worker's time and the limit of
 admission in the steady state, on those cells and on `h100-llama-3.1-70b hotpotqa` and `h100-mixtral-8x7b mooncake`.
 Faults of its queue order, its steps, its predictions beside decodes and its batches were found on the
-`h100-mixtral-8x7b` cells, and mended there. Up to d4040de a simulated worker decoded any number of sequences in a step,
-some 700 on Mixtral's HotpotQA and ToolBench with `adaptive` and `ampd`, where profiles end at 512. The rivals, and four
-options of `adaptive`, were tuned over the options listed in cells.py alone."""
+`h100-mixtral-8x7b` cells, and mended there. The rivals, and four options of `adaptive`, were tuned over the options
+listed in cells.py alone. H20's TTFT objectives are long (64 s for Llama on Mooncake, measured over two minutes): less of
+a steady state than elsewhere."""
 
 
 def _goodput_table(contents: Sequence[Content]) -> str:
