@@ -135,8 +135,8 @@ them on runs that ended before the cluster was in its steady state; the price of
 admission in the steady state, on those cells and on `h100-llama-3.1-70b hotpotqa` and `h100-mixtral-8x7b mooncake`.
 Faults of its queue order, its steps, its predictions beside decodes and its batches were found on the
 `h100-mixtral-8x7b` cells, and mended there. The rivals, and four options of `adaptive`, were tuned over the options
-listed in cells.py alone. H20's TTFT objectives are long (64 s for Llama on Mooncake, measured over two minutes): less of
-a steady state than elsewhere."""
+listed in cells.py alone. TTFT objectives of H20 are long (64 s for Llama on Mooncake, measured over two minutes): less
+of a steady state than elsewhere."""
 
 
 def _goodput_table(contents: Sequence[Content]) -> str:
