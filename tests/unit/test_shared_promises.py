@@ -76,7 +76,7 @@ def test_simulator_stages_no_more_long_prefills_than_the_live_worker(monkeypatch
     monkeypatch.setattr(RemotePrefills, "_read_history", watch)
     simulate({}, *((0.0, 20_000) for _ in range(8)), prefill=1, decode=1).run()
     role: Any = SimpleNamespace(
-        _staged=[SimpleNamespace(num_new_tokens=20_000)] * 2,
+        _staged=[SimpleNamespace(num_missing_tokens=20_000)] * 2,
         _context=SimpleNamespace(limits=WorkerLimits()),
         _engine=SimpleNamespace(scheduler=SimpleNamespace(chunk=ChunkParameters())),
     )
