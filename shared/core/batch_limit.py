@@ -43,9 +43,8 @@ def choose_batch(costs: StepCosts, rounds: Sequence[Decoding], mean_context: flo
     limits nobody, nor does that of a round which is behind; all decode where most are behind."""
     behind = [index for index, one in enumerate(rounds) if one.is_behind(now)]
     on_schedule = [index for index, one in enumerate(rounds) if not one.is_behind(now)]
-    if len(behind) > len(on_schedule):
-        return list(range(len(rounds)))
-    objectives_s = (rounds[index].itl_slo_s for index in on_schedule)
+    protected = on_schedule if len(on_schedule) >= len(behind) else []
+    objectives_s = (rounds[index].itl_slo_s for index in protected)
     itl_slo_s = min((one_s for one_s in objectives_s if fits(costs, 1, mean_context, one_s)), default=float("inf"))
     num_fitting = _count_fitting(costs, len(rounds), mean_context, itl_slo_s)
     behind.sort(key=lambda index: rounds[index].first_token_at)

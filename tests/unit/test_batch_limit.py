@@ -57,6 +57,12 @@ def test_where_most_are_behind_nobody_is_protected() -> None:
     assert len(choose([*late, *[decoding(1.0)] * num])) == count_fitting()
 
 
+def test_places_keep_their_order_where_most_are_behind() -> None:
+    """A worker with fewer places takes the first of them: the oldest that is behind, then who is on schedule."""
+    chosen = choose([decoding(-1.0), decoding(-3.0), decoding(-2.0), decoding(2.0), decoding(1.0)])
+    assert chosen == [1, 4, 3, 2, 0]
+
+
 def test_an_objective_that_nobody_could_meet_limits_nobody() -> None:
     hopeless = [decoding(1.0, itl_slo_s=1e-4)] * 100
     assert len(choose(hopeless)) == 100
