@@ -249,25 +249,27 @@ async def test_cancel_while_a_refused_prefill_waits_for_its_step(cluster: Any, r
 async def test_steps_are_full_while_prefills_wait(cluster: Any) -> None:
     """Enough of them are off the queue, however much of the first is computed already."""
     commander, prefiller, decoder = cluster
-    engine = prefiller.runtime.context.engine
-    compute, may_go, sizes = engine.runner.step, threading.Semaphore(0), []
+    runner = prefiller.runtime.context.engine.runner
+    compute, may_go, begun = runner.step, threading.Semaphore(0), asyncio.Queue[int]()
+    loop = asyncio.get_running_loop()
 
     def step(items: Any) -> Any:
+        loop.call_soon_threadsafe(begun.put_nowait, sum(len(item.token_ids) for item in items))
         assert may_go.acquire(timeout=10)
-        sizes.append(sum(len(item.token_ids) for item in items))
         return compute(items)
 
-    engine.runner.step = step
+    runner.step = step
     for index in range(12):  # 13 tokens each, where a step has 32
         new = [(5 * index + i) % 500 + 4 for i in range(13)]
         message = commander.run_round(decoder, [], new, remote=prefiller, session=f"s{index}", max_output_tokens=1)
         await commander.start(decoder, message, new, prefiller)
-    while commander.ended.qsize() < 12:
+    sizes: list[int] = []
+    while sum(sizes) < 12 * 13:
+        sizes.append(await asyncio.wait_for(begun.get(), 10))
         for _ in range(100):  # whoever may leave the queue does
             await asyncio.sleep(0)
         may_go.release()
-        await asyncio.sleep(0.001)
-    engine.runner.step = compute
-    may_go.release(10)
+    for _ in range(12):
+        assert (await commander.end()).error is None
     assert sum(sizes) == 12 * 13
     assert min(sizes[1:-1]) >= 32, "the first begins with whoever came first"
