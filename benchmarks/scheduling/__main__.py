@@ -120,6 +120,7 @@ def search_policies(cell: Cell, content: dict[str, Any], path: Path, policies: l
     for policy in policies:
         if policy not in content["search"]:
             content["search"][policy] = find_best(cell, policy).as_dict()
+            content.setdefault("commits", {})[policy] = read_commit()
             save(path, content)
     search = content["search"]
     if {"ampd-best", "ampd-split"} <= search.keys() and _goodput(search["ampd-split"]) > _goodput(search["ampd-best"]):

@@ -8,29 +8,28 @@ from typing import Literal
 from shared.core.load import WorkerLoad
 
 BindingName = Literal["free_kv", "least_loaded", "least_active"]
+STEP_OF_A_FULL_BATCH_S = 0.05
 
 
 def choose_binding(candidates: Iterable[WorkerLoad], binding: BindingName, now: float) -> WorkerLoad | None:
     """free_kv: the most free KV memory, what is promised there counted as used (the paper's). least_loaded: the least
     of KV promised, prefill work waiting and sequences decoding together. least_active: as that, but the KV of rounds in
-    flight counts, and what idle sessions hold only a little (it can go to another tier). Equal: the lower id."""
+    flight counts, and what idle sessions hold only a little (it can go to another tier); and all that are in flight
+    count as decoding: who is prefilled elsewhere comes. Equal: the lower id."""
     if binding == "free_kv":
         return min(
             candidates, key=lambda load: (load.num_promised_tokens - load.num_kv_tokens, load.worker_id), default=None
         )
-    if binding == "least_active":
-        return min(
-            candidates,
-            key=lambda load: (
-                load.active_share + 0.1 * load.kv_share + load.wait_s(now) + load.decode_step_s(1) / 0.05,
-                load.worker_id,
-            ),
-            default=None,
-        )
-    return min(candidates, key=lambda load: (measure_load(load, now), load.worker_id), default=None)
+    measure = measure_active_load if binding == "least_active" else measure_load
+    return min(candidates, key=lambda load: (measure(load, now), load.worker_id), default=None)
 
 
 def measure_load(load: WorkerLoad, now: float) -> float:
     """KV promised in pools, plus seconds of prefill waiting, plus the step that one more sequence would get, in 50 ms:
     each is about 1 on a worker that is full in that respect."""
-    return load.kv_share + load.wait_s(now) + load.decode_step_s(1) / 0.05
+    return load.kv_share + load.wait_s(now) + load.decode_step_s(1) / STEP_OF_A_FULL_BATCH_S
+
+
+def measure_active_load(load: WorkerLoad, now: float) -> float:
+    kv_share = load.active_share + 0.1 * load.kv_share
+    return kv_share + load.wait_s(now) + load.decode_step_s(1 + load.num_to_decode) / STEP_OF_A_FULL_BATCH_S

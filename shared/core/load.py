@@ -103,6 +103,11 @@ class WorkerLoad:
         """KV that the rounds in flight need, in units of the pool."""
         return self.num_active_tokens / self.num_kv_tokens
 
+    @property
+    def num_to_decode(self) -> int:
+        """Rounds in flight that will decode here, and do not yet."""
+        return len(self.active) - len(self.decoding)
+
     # ------------------------------------------------------------------------------ predictions
 
     def work_s(self, num_history: int, num_new: int) -> float:

@@ -63,6 +63,7 @@ def load(
     for number, work_s in enumerate(queue_s):
         made.begin_prefill(SessionKey("t", f"{number}"), int(work_s * 1_000), work_s, deadline, NOW)
     for number in range(decoding):
+        made.begin_round(SessionKey("d", f"{number}"), 0)
         made.begin_decoding(SessionKey("d", f"{number}"), 1_000)
     return made
 
@@ -297,6 +298,18 @@ def test_the_other_bindings_count_work_too(binding: Any) -> None:
     assert choose_binding([waiting, decoding, free], binding, NOW) is free
     equal = [load("y"), load("x")]
     assert choose_binding(equal, binding, NOW) is equal[1]
+
+
+def test_sessions_that_are_prefilled_elsewhere_count_where_they_will_decode() -> None:
+    """Or all that come while the first of them is prefilled meet on one worker."""
+    workers = [load("a"), load("b")]
+    for number in range(8):
+        bound = choose_binding(workers, "least_active", NOW)
+        assert bound is not None
+        bound.begin_round(SessionKey("t", f"{number}"), 100)
+        if number == 0:
+            workers[1].begin_round(SessionKey("t", "large"), 2_000)
+    assert [len(worker.active) for worker in workers] == [5, 4]
 
 
 # --------------------------------------------------------------------------------- policies
