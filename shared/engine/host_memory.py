@@ -6,24 +6,16 @@ processor's table of pages, which in a virtual machine costs up to 24 memory acc
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 
-HUGE_PAGE_BYTES = 2 << 20
+from shared.transport.region import Region, allocate_region
 
 
 def allocate_zeros(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor of zeros whose pages are all touched, so that no page fault is left for the first request.
+    """A flat tensor of zeros whose pages are all touched, so that no page fault is left for the first request."""
+    return zero(allocate_region(num_elements * dtype.itemsize, shared=False), dtype)
 
-    Huge pages are a request to the kernel, which may not grant it; small tensors do not ask.
-    """
-    num_bytes = num_elements * dtype.itemsize
-    if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_elements, dtype=dtype).zero_()
-    # One page more, so that the tensor can start where a huge page starts.
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
-    start = -whole.data_ptr() % HUGE_PAGE_BYTES
-    return whole[start : start + num_bytes].view(dtype).zero_()
+
+def zero(region: Region, dtype: torch.dtype) -> torch.Tensor:
+    """All of the region as a flat tensor, which keeps its memory alive."""
+    return torch.frombuffer(region.data, dtype=torch.uint8).view(dtype).zero_()

@@ -36,7 +36,7 @@ def nothing_leaks() -> Iterator[None]:
     assert socket_descriptors() == sockets
 
 
-@pytest.fixture(params=["tcp", "unix"])
+@pytest.fixture(params=["tcp", "unix", "shm"])
 def family(request: pytest.FixtureRequest) -> str:
-    """Every behaviour holds over both socket families."""
+    """Every behaviour holds over both socket families, and by every lane."""
     return str(request.param)
