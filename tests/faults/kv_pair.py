@@ -18,6 +18,7 @@ from shared.transport.client import KvClient, PullRequest
 from shared.transport.lanes import Lanes
 from shared.transport.leases import Lease, LeaseEnd, LeaseTable
 from shared.transport.memory import HostKvMemory
+from shared.transport.nixl_lane import NixlLane
 from shared.transport.server import KvServer
 from shared.transport.shm_lane import ShmLane
 from shared.transport.tickets import TicketClaims, mint
@@ -36,6 +37,8 @@ def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int]) -> La
     match family:
         case "shm":
             return Lanes([ShmLane(memory)], streams=False)
+        case "nixl":
+            return Lanes([NixlLane(memory, worker[0])], streams=False)
         case _:
             return Lanes()
 

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+import structlog
 from kv_pair import make_lanes
 
 from shared.core.types import KvLayout, RoundKey, Segment
@@ -87,6 +88,7 @@ async def receive(options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     if sys.argv[1] == "sender":
         send(json.loads(sys.argv[2]))
     else:
