@@ -73,8 +73,10 @@ class ModelRunner:
         num_blocks: int,
         block_size: int = 16,
         attention: str = "auto",
+        shared_pool: bool = False,
     ) -> ModelRunner:
-        """Load the Hugging Face folder `model_dir` (config.json and *.safetensors) for serving.
+        """Load the Hugging Face folder `model_dir` (config.json and *.safetensors) for serving. shared_pool: peers on
+        this host may map its KV pool to read it.
 
         Raises AmpdError(INVALID_REQUEST) that says what to change: no such folder, an unsupported architecture,
         an unknown dtype, device or attention back end.
@@ -92,7 +94,7 @@ class ModelRunner:
             block_size=block_size,
             dtype=dtype,
         )
-        pool = KvPool(layout, num_blocks, device)
+        pool = KvPool(layout, num_blocks, device, shared=shared_pool)
         decoder = build_decoder(model, pool, attention, threads)
         log.info("%s: %s, %s on %s", model_dir.name, decoder.name, dtype, device)
         return cls(config, decoder, pool, threads=threads, eos_token_ids=_read_eos(model_dir, config))

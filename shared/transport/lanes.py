@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Protocol
 
 from shared.core.types import Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
@@ -21,7 +21,6 @@ from shared.transport.protocol import Digest, KvMemory
 from shared.transport.ranges import ByteRange
 from shared.transport.region import Region
 
-TransportName = Literal["auto", "tcp", "shm", "nixl"]
 STREAM = "stream"
 
 

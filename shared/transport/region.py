@@ -29,6 +29,10 @@ class Region:
             weakref.finalize(self, os.close, descriptor)
 
     @property
+    def is_shared(self) -> bool:
+        return self.descriptor >= 0
+
+    @property
     def address(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self.data))
 
@@ -54,6 +58,15 @@ def allocate_region(num_bytes: int, *, shared: bool) -> Region:
     _ask_for_huge_pages(memory, num_bytes)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE_BYTES
     return Region(memoryview(memory)[start : start + num_bytes])
+
+
+def can_share() -> bool:
+    """Whether this kernel has memory files that are sealed as they have to be."""
+    try:
+        allocate_region(mmap.PAGESIZE, shared=True)
+    except OSError:
+        return False
+    return True
 
 
 def _ask_for_huge_pages(memory: mmap.mmap, num_bytes: int) -> None:

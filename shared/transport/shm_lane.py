@@ -32,7 +32,7 @@ class ShmLane:
     name = "shm"
 
     def __init__(self, memory: OneSidedMemory) -> None:
-        if memory.region is None or memory.region.descriptor < 0:
+        if memory.region is None or not memory.region.is_shared:
             raise AmpdError(ErrorCode.INVALID_REQUEST, "KV goes by shm only from a pool in shared host memory")
         self.memory = memory
         self._region = memory.region
