@@ -64,6 +64,11 @@ class Lane(Protocol):
 
     name: str
     memory: OneSidedMemory
+    chunk_bytes: int  # of a frame's payload, unless one block of one layer is larger
+
+    def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
+        """Sender: of a frame's bytes, in the pool, what its receiver adds when it has them."""
+        ...
 
     def suits(self, channel: Channel) -> bool: ...
 
