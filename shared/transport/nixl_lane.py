@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 NUM_SLOTS = 16
 POLL_S = 50e-6
 WAKE_S = 0.02  # how often who waits for a read looks whether it has to stop
+LINGER_S = 1.0  # of progress after a pull that failed
 MAX_CLOSE_S = 2.0
 
 
@@ -79,6 +80,7 @@ class NixlLane:
         self._begun: list[NixlReading] = []
         self._pools: weakref.WeakValueDictionary[bytes, NixlPool] = weakref.WeakValueDictionary()
         self._num_serving = 0
+        self._linger_until = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"kv-nixl:{worker_id}", daemon=True)
         self._thread.start()
@@ -112,6 +114,10 @@ class NixlLane:
             self._changed.notify_all()
         try:
             yield
+        except BaseException:
+            with self._changed:  # reads that its receiver has given up are to end there
+                self._linger_until = time.monotonic() + LINGER_S
+            raise
         finally:
             with self._changed:
                 self._num_serving -= 1
@@ -174,7 +180,7 @@ class NixlLane:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._num_serving > 0 or self._to_begin or self._begun)
+                self._changed.wait_for(lambda: self._closed or self._is_serving() or self._to_begin or self._begun)
                 if self._closed and not self._begun:
                     return
                 beginning = list(self._to_begin)
@@ -184,11 +190,19 @@ class NixlLane:
                     self._begun.append(reading)
             ended = [reading for reading in self._begun if reading.has_ended()]
             self._begun = [reading for reading in self._begun if reading not in ended]
-            if not self._begun and self._num_serving:
+            if not self._begun and self._is_serving():
                 with contextlib.suppress(NixlError):  # a peer that is gone: its connection here says so too
                     self.agent.progress()
             if not ended:
                 time.sleep(POLL_S)
+
+    def _is_serving(self) -> bool:
+        return self._num_serving > 0 or time.monotonic() < self._linger_until
+
+    @property
+    def num_free_slots(self) -> int:
+        with self._changed:
+            return len(self._free)
 
     # ----------------------------------------------------------------------------------------- end
 

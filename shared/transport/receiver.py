@@ -198,8 +198,13 @@ class _Incoming:
         ranges = decode_ranges(body, segment.num_bytes(layout), pool.num_bytes)
         started_at = time.monotonic()
         reading = pool.begin(ranges, lambda: self._check(started_at), wait=self._reading is None)
-        if self._reading is not None:
-            self._finish_reading()
+        try:
+            if self._reading is not None:
+                self._finish_reading()
+        except BaseException:
+            if reading is not None:
+                reading.abandon()
+            raise
         if reading is None:
             reading = pool.begin(ranges, lambda: self._check(started_at), wait=True)
         assert reading is not None
