@@ -43,6 +43,18 @@ RUN_SERVICE = Path(__file__).parent / "overlap" / "run_service.py"
 HIDDEN_TARGET = 0.9
 WARM_UP_ROUNDS = 2  # later rounds of each session in which the queue builds up
 NUM_OUTPUT = 4
+COLUMNS = [
+    "case",
+    "remote rounds",
+    "lanes",
+    "MB moved",
+    "transfers",
+    "exposed",
+    "hidden",
+    "history",
+    "increment",
+    "bytes exact",
+]
 Row = dict[str, Any]
 
 
@@ -178,18 +190,7 @@ def read_logs(folder: Path) -> tuple[list[Span], list[Transfer]]:
 
 def show(report: Row) -> None:
     table = Table(title="KV transfers of remote prefills behind compute")
-    for column in [
-        "case",
-        "remote rounds",
-        "lanes",
-        "MB moved",
-        "transfers",
-        "exposed",
-        "hidden",
-        "history",
-        "increment",
-        "bytes exact",
-    ]:
+    for column in COLUMNS:
         table.add_column(column)
     for name, case in report["cases"].items():
         of = case["hidden_share_of"]
