@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from shared.core.types import Segment
+from shared.core.types import KvLayout, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
 from shared.transport.protocol import Digest, KvMemory
@@ -49,6 +49,7 @@ class RemotePool(Protocol):
     """The pool of a peer, as its receivers read it; any number of threads."""
 
     num_bytes: int
+    max_frame_bytes: int  # that can be read at once
     description: str  # of the way the bytes take: for the log and the status
 
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> Reading | None:
@@ -89,6 +90,11 @@ class Lane(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def count_frame_bytes(layout: KvLayout, chunk_bytes: int) -> int:
+    """Of the largest frame (see split_segment): a chunk, or one block of one layer if that is more."""
+    return max(chunk_bytes, 2 * layout.slot_bytes * layout.block_size)
 
 
 class Lanes:

@@ -25,7 +25,7 @@ import structlog
 
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import PIECE_BYTES, Channel
-from shared.transport.lanes import OneSidedMemory
+from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Read, read_ucx_lanes
 from shared.transport.protocol import CHUNK_BYTES, Digest
 from shared.transport.ranges import ByteRange
@@ -62,7 +62,7 @@ class NixlLane:
         layout = memory.layout
         self._region = memory.region
         self._block_bytes = layout.bytes_per_block
-        self.slot_bytes = max(CHUNK_BYTES, 2 * layout.slot_bytes * layout.block_size)  # the largest frame
+        self.slot_bytes = count_frame_bytes(layout, self.chunk_bytes)
         self._slots_region = allocate_region(NUM_SLOTS * self.slot_bytes, shared=False)
         self.slots = np.frombuffer(self._slots_region.data, dtype=np.uint8).reshape(NUM_SLOTS, self.slot_bytes)
         self.slots.fill(0)
@@ -239,6 +239,7 @@ class NixlPool:
         self.agent_name = agent_name
         self.address = body.address
         self.num_bytes = body.num_bytes
+        self.max_frame_bytes = lane.slot_bytes
         self.description = "nixl"
         self._blocks: Blocks | None = blocks
         self._forget = weakref.finalize(self, _forget_peer, lane.agent, agent_name, blocks)

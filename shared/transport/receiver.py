@@ -192,6 +192,10 @@ class _Incoming:
         """Begin to read these, and finish the ones before."""
         segment, layout = frame.segment, self._memory.layout
         _add(self.coverage, segment)
+        if segment.num_bytes(layout) > pool.max_frame_bytes:
+            raise KvTransferError(
+                ErrorCode.KV_TRANSFER_FAILED, f"RANGES of {segment.num_bytes(layout)} bytes: too many"
+            )
         check_ranges_length(frame.length, segment, layout)
         body = bytearray(frame.length)
         self._channel.receive_into([memoryview(body)])

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from shared.errors import AmpdError, ErrorCode
 from shared.transport.channel import Channel
-from shared.transport.lanes import OneSidedMemory
+from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.protocol import Digest
 from shared.transport.ranges import ByteRange
 from shared.transport.region import map_to_read
@@ -66,7 +66,8 @@ class ShmLane:
             with self._lock:
                 pool = self._mapped.get((status.st_dev, status.st_ino))
                 if pool is None:
-                    pool = MappedPool(map_to_read(descriptor, int.from_bytes(description, "little")))
+                    data = map_to_read(descriptor, int.from_bytes(description, "little"))
+                    pool = MappedPool(data, count_frame_bytes(self.memory.layout, self.chunk_bytes))
                     self._mapped[status.st_dev, status.st_ino] = pool
             return pool
         finally:
@@ -85,9 +86,10 @@ class MappedPool:
 
     description = "shm"
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, max_frame_bytes: int) -> None:
         self._bytes = np.frombuffer(data, dtype=np.uint8)
         self.num_bytes = data.nbytes
+        self.max_frame_bytes = max_frame_bytes
 
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> Copying:
         return Copying([self._bytes[start:stop] for start, stop in ranges])
