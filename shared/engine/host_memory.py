@@ -7,6 +7,7 @@ processor's table of pages, which in a virtual machine costs up to 24 memory acc
 from __future__ import annotations
 
 import mmap
+import os
 
 import torch
 
@@ -27,3 +28,19 @@ def allocate_zeros(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
     start = -whole.data_ptr() % HUGE_PAGE_BYTES
     return whole[start : start + num_bytes].view(dtype).zero_()
+
+
+def create_shared_memory(name: str, num_bytes: int) -> int:
+    """The descriptor of anonymous memory that processes given it map as one; gone when the last of them is.
+
+    `name` is what /proc shows. Raises OSError.
+    """
+    descriptor = os.memfd_create(name)
+    os.ftruncate(descriptor, num_bytes)
+    return descriptor
+
+
+def map_shared_zeros(descriptor: int, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor over memory of create_shared_memory, its pages touched; for use before anything is written."""
+    memory = mmap.mmap(descriptor, num_elements * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).zero_()  # keeps `memory` alive

@@ -21,12 +21,11 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 class KvPool:
     """`tensor` is [num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim] on `device`."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu") -> None:
-        if num_blocks < 2:
-            raise AmpdError(
-                ErrorCode.INVALID_REQUEST,
-                f"a KV pool needs at least 2 blocks (block 0 is padding), not {num_blocks}",
-            )
+    def __init__(
+        self, layout: KvLayout, num_blocks: int, device: str = "cpu", *, memory: torch.Tensor | None = None
+    ) -> None:
+        """memory: where the pool lies, zeroed, one dimension of the layout's dtype; None: allocate it on `device`."""
+        check_num_blocks(num_blocks)
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
@@ -40,13 +39,20 @@ class KvPool:
         )
         num_elements = num_blocks * layout.bytes_per_block // DTYPE_BYTES[layout.dtype]
         dtype = TORCH_DTYPES[layout.dtype]
-        if device == "cpu":
+        if memory is not None:
+            flat = memory
+        elif device == "cpu":
             flat = allocate_zeros(num_elements, dtype)
         else:
             flat = torch.zeros(num_elements, dtype=dtype, device=device)
         self.tensor = flat.view(shape)
         self._bytes = flat.view(torch.uint8)
         self._host_view = _view_bytes(self._bytes) if device == "cpu" else None
+
+    @property
+    def has_views(self) -> bool:
+        """Whether segment_views works; otherwise bytes go through read_segment and write_segment."""
+        return self._host_view is not None
 
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]:
         """Writable views of the segment's bytes, in the order Segment defines, as few ranges as possible. CPU only.
@@ -99,7 +105,7 @@ class KvPool:
 
     def _byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[tuple[int, int]]:
         """Byte ranges of the pool in canonical order; a range that starts where the last one stops is joined to it."""
-        self._check_segment(block_table, segment)
+        check_segment(self.layout, self.num_blocks, block_table, segment)
         ranges: list[tuple[int, int]] = []
         for start, stop in self._walk(block_table, segment):
             if ranges and ranges[-1][1] == start:
@@ -126,26 +132,35 @@ class KvPool:
                     yield start + first_slot * layout.slot_bytes, start + stop_slot * layout.slot_bytes
             position = block_start + stop_slot
 
-    def _check_segment(self, block_table: Sequence[int], segment: Segment) -> None:
-        layout = self.layout
-        capacity = len(block_table) * layout.block_size
-        if not 0 <= segment.layer_start < segment.layer_stop <= layout.num_layers:
-            raise KvTransferError(
-                ErrorCode.KV_TRANSFER_FAILED,
-                f"layers [{segment.layer_start}, {segment.layer_stop}) are not within [0, {layout.num_layers})",
-            )
-        if not 0 <= segment.token_start < segment.token_stop <= capacity:
-            raise KvTransferError(
-                ErrorCode.KV_TRANSFER_FAILED,
-                f"tokens [{segment.token_start}, {segment.token_stop}) are not within the {len(block_table)} blocks "
-                f"({capacity} tokens) of the block table",
-            )
-        used = block_table[segment.token_start // layout.block_size : -(-segment.token_stop // layout.block_size)]
-        if min(used) < 1 or max(used) >= self.num_blocks:
-            raise KvTransferError(
-                ErrorCode.KV_TRANSFER_FAILED,
-                f"the block table names blocks outside [1, {self.num_blocks})",
-            )
+
+def check_num_blocks(num_blocks: int) -> None:
+    if num_blocks < 2:
+        raise AmpdError(
+            ErrorCode.INVALID_REQUEST,
+            f"a KV pool needs at least 2 blocks (block 0 is padding), not {num_blocks}",
+        )
+
+
+def check_segment(layout: KvLayout, num_blocks: int, block_table: Sequence[int], segment: Segment) -> None:
+    """Raise KvTransferError if the segment does not lie within the layout, `block_table` and the pool's blocks."""
+    capacity = len(block_table) * layout.block_size
+    if not 0 <= segment.layer_start < segment.layer_stop <= layout.num_layers:
+        raise KvTransferError(
+            ErrorCode.KV_TRANSFER_FAILED,
+            f"layers [{segment.layer_start}, {segment.layer_stop}) are not within [0, {layout.num_layers})",
+        )
+    if not 0 <= segment.token_start < segment.token_stop <= capacity:
+        raise KvTransferError(
+            ErrorCode.KV_TRANSFER_FAILED,
+            f"tokens [{segment.token_start}, {segment.token_stop}) are not within the {len(block_table)} blocks "
+            f"({capacity} tokens) of the block table",
+        )
+    used = block_table[segment.token_start // layout.block_size : -(-segment.token_stop // layout.block_size)]
+    if min(used) < 1 or max(used) >= num_blocks:
+        raise KvTransferError(
+            ErrorCode.KV_TRANSFER_FAILED,
+            f"the block table names blocks outside [1, {num_blocks})",
+        )
 
 
 def _view_bytes(host_tensor: torch.Tensor) -> memoryview:

@@ -26,8 +26,10 @@ from shared.transport.protocol import (
     PullBody,
     Refused,
     Trailer,
+    as_staged,
     check_peer,
     decode_header,
+    split_segment,
 )
 
 
@@ -116,9 +118,8 @@ def receive_kv(channel: Channel, memory: KvMemory, request: PullRequest, started
             case FrameKind.SEGMENT:
                 _add(coverage, frame.segment)
                 _require_length(frame, frame.segment.num_bytes(layout))
-                views = memory.segment_views(request.block_table, frame.segment)
                 digest.update(header)
-                channel.receive_into(views, digest)
+                _receive_segment(channel, memory, request.block_table, frame.segment, digest)
                 num_bytes += frame.length
                 num_segments += 1
                 if request.on_segment is not None:
@@ -135,6 +136,20 @@ def receive_kv(channel: Channel, memory: KvMemory, request: PullRequest, started
     _verify(trailer, coverage, digest.digest(), num_bytes)
     channel.send_control(FrameKind.DELIVERED, lease=name)
     return PullResult(num_bytes, time.monotonic() - started_at, trailer.waiting_s, num_segments)
+
+
+def _receive_segment(
+    channel: Channel, memory: KvMemory, block_table: Sequence[int], segment: Segment, digest: Digest
+) -> None:
+    """The payload of one frame. What is staged takes no more memory than an ordinary frame, whatever the peer sends."""
+    staged = as_staged(memory)
+    if staged is None:
+        channel.receive_into(memory.segment_views(block_table, segment), digest)
+        return
+    for part in split_segment(segment, memory.layout):
+        data = memoryview(bytearray(part.num_bytes(memory.layout)))
+        channel.receive_into([data], digest)
+        staged.write_segment(block_table, part, data)
 
 
 def _expect(channel: Channel, frame: Frame, kind: FrameKind) -> Frame:

@@ -32,6 +32,7 @@ from shared.transport.protocol import (
     PullBody,
     Refused,
     Trailer,
+    as_staged,
     check_peer,
     encode_header,
     split_segment,
@@ -312,7 +313,11 @@ class KvServer:
             raise ConnectionLost(failure.code, failure.message) from failure
 
     def _send_segment(self, channel: Channel, name: LeaseId, lease: Lease, segment: Segment, digest: Digest) -> int:
-        views = self._memory.segment_views(lease.block_table, segment)
+        staged = as_staged(self._memory)
+        if staged is None:
+            views = self._memory.segment_views(lease.block_table, segment)
+        else:
+            views = [staged.read_segment(lease.block_table, segment)]
         length = segment.num_bytes(self._memory.layout)
         header = memoryview(encode_header(FrameKind.SEGMENT, name, segment, length))
         channel.send([header, *views], digest)
