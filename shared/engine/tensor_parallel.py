@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed
-from torch.distributed.distributed_c10d import FileStore
 
 from shared.core.types import KvLayout
 from shared.engine.decoders import build_shard_decoder
@@ -80,7 +79,7 @@ def join_group(spec: RankSpec) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     torch.distributed.init_process_group(
         "gloo",
-        store=FileStore(spec.store_path, spec.parallel_degree),
+        init_method=f"file://{spec.store_path}",
         rank=spec.rank,
         world_size=spec.parallel_degree,
         timeout=timedelta(seconds=spec.timeout_s),
