@@ -7,6 +7,7 @@ closes the control socket or dies. An error ends it with a traceback and status 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -44,4 +45,7 @@ def main(control: socket.socket, memory_descriptor: int) -> None:
 
 if __name__ == "__main__":
     die_with_parent(int(os.environ["AMPD_PARENT_PID"]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # a stop of all processes at once, as of a container: rank 0 drains first, and then closes the control socket
+        signal.signal(number, signal.SIG_IGN)
     main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

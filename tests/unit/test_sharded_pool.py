@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 async def pull(source: KvMemory, target: KvMemory, folder: Path, tables: tuple[list[int], list[int]], stop: int) -> int:
-    """Move positions [0, stop) from the source's blocks to the target's over a real socket; how many bytes that were."""
+    """Move positions [0, stop) from the source's blocks to the target's over a real socket; the number of bytes."""
     leases, key = LeaseTable(time.monotonic), RoundKey("t", "s", 0, 1)
     lease = leases.grant(
         key,
