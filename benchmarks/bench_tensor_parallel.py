@@ -32,6 +32,7 @@ from shared.messages import SamplingParams
 
 POOL = KvLayout(model="m", num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
 POOL_BLOCKS, POOL_TOKENS = 64, 512  # 64 MiB, as of an 8B model
+COPY_DEGREES = (1, 2)
 CONTEXT, PREFILL, BATCH = 128, 256, 8
 GREEDY = SamplingParams()
 
@@ -103,18 +104,20 @@ def main() -> None:
             report[str(degree)] = {
                 "load_s": time.perf_counter() - started,
                 "step_ms": measure_steps(runner, args.repeats),
-                "copy_gib_per_s": measure_copies(degree, args.repeats),
             }
         finally:
             runner.close()
+    copies = {degree: measure_copies(degree, args.repeats) for degree in COPY_DEGREES}
+    report["copy_gib_per_s"] = {str(degree): speeds for degree, speeds in copies.items()}
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
     one, many = (report[str(degree)] for degree in degrees)
-    head = ("", *(f"{degree} rank(s)" for degree in degrees))
+    console = Console()
     rows = [("start, s", *(f"{r['load_s']:.1f}" for r in (one, many)))]
-    for key, unit in (("step_ms", "ms"), ("copy_gib_per_s", "GiB/s")):
-        rows += [(f"{name}, {unit}", f"{one[key][name]:.2f}", f"{many[key][name]:.2f}") for name in one[key]]
-    show_table(Console(), f"tensor parallelism, {args.model}, float32", head, rows)
+    rows += [(f"{name}, ms", f"{one['step_ms'][name]:.2f}", f"{many['step_ms'][name]:.2f}") for name in one["step_ms"]]
+    show_table(console, f"{args.model}, float32", ("", *(f"{degree} rank(s)" for degree in degrees)), rows)
+    rows = [(name, *(f"{copies[degree][name]:.2f}" for degree in COPY_DEGREES)) for name in copies[1]]
+    show_table(console, "KV copies, GiB/s", ("", *(f"{degree} rank(s)" for degree in COPY_DEGREES)), rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +21,6 @@ from shared.engine.model_runner import ModelRunner
 from shared.engine.rank_group import RankFailed
 from shared.errors import AmpdError, ErrorCode
 
-HANG_TIMEOUT_S = 10.0  # of the runner; the tests themselves are bounded by pytest's timeout
 START_AND_WAIT = """
 import sys, time
 from pathlib import Path
@@ -36,13 +36,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model("llama", tmp_path_factory.mktemp("llama"))
 
 
-def load(model_dir: Path, parallel_degree: int = 2) -> ModelRunner:
+def load(model_dir: Path, parallel_degree: int = 2, **options: Any) -> ModelRunner:
     return ModelRunner.load(
-        model_dir,
-        dtype="float32",
-        num_blocks=NUM_BLOCKS,
-        parallel_degree=parallel_degree,
-        rank_timeout_s=HANG_TIMEOUT_S,
+        model_dir, dtype="float32", num_blocks=NUM_BLOCKS, parallel_degree=parallel_degree, **options
     )
 
 
@@ -85,17 +81,16 @@ async def test_a_rank_killed_between_steps_is_noticed(runner: ModelRunner) -> No
         step(runner, (sequence, sequence.item()))
 
 
-def test_a_rank_that_hangs_is_given_up(runner: ModelRunner) -> None:
-    [sequence] = make_sequences(3, [4])
-    find_rank(os.getpid()).suspend()
-    with pytest.raises(RankFailed, match="did not keep together in a step"):
-        step(runner, (sequence, sequence.item()))
-
-
-def test_closing_ends_the_ranks_and_allows_others(model_dir: Path) -> None:
-    first = load(model_dir)
-    rank = find_rank(os.getpid())
-    first.close()
+def test_a_rank_that_hangs_is_given_up_and_closing_allows_others(model_dir: Path) -> None:
+    first = load(model_dir, rank_timeout_s=15.0)
+    try:
+        [sequence] = make_sequences(3, [4])
+        rank = find_rank(os.getpid())
+        rank.suspend()
+        with pytest.raises(RankFailed, match="did not keep together in a step"):
+            step(first, (sequence, sequence.item()))
+    finally:
+        first.close()
     assert not rank.is_running()
     first.close()
     second = load(model_dir)
@@ -105,6 +100,16 @@ def test_closing_ends_the_ranks_and_allows_others(model_dir: Path) -> None:
         assert len(sequence.tokens) == 5
     finally:
         second.close()
+
+
+def test_signals_to_all_processes_are_for_rank_0(runner: ModelRunner) -> None:
+    """A container's stop reaches every process: the ranks serve on while rank 0 drains."""
+    [sequence] = make_sequences(5, [4])
+    rank = find_rank(os.getpid())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        rank.send_signal(number)
+    step(runner, (sequence, sequence.item()))
+    assert rank.is_running()
 
 
 def test_ranks_do_not_outlive_rank_0(model_dir: Path) -> None:
