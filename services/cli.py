@@ -17,6 +17,7 @@ from planner.simulator.simulate_command import add_simulate_command
 from shared.engine.names import EngineName
 from shared.errors import AmpdError, ErrorCode
 from shared.policy_flags import add_policy_flags
+from shared.transport.names import TRANSPORT_HELP, TransportName
 
 if TYPE_CHECKING:
     from services.cluster_options import ClusterOptions
@@ -204,6 +205,7 @@ def _cluster_options(arguments: argparse.Namespace, port: int) -> ClusterOptions
         device=arguments.device,
         threads=arguments.threads,
         kv_memory_mb=arguments.kv_memory_mb,
+        kv_transport=arguments.kv_transport,
         max_context=arguments.max_context,
         port=port,
         data_dir=arguments.data_dir,
@@ -315,6 +317,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=_integer(1), default=1, metavar="N", help="per worker (default: %(default)s)")
     add("--kv-memory-mb", type=_integer(1), default=1024, metavar="MB", help="per worker (default: %(default)s)")
+    add("--kv-transport", choices=get_args(TransportName), default="auto", help=f"{TRANSPORT_HELP} (default: auto)")
     add("--max-context", type=_integer(1), metavar="TOKENS", help="(default: what the model was made for)")
     add("--port", type=_integer(0, 65535), metavar="P", help=port_help)
     add("--data-dir", type=Path, metavar="D", help="sessions survive here (default: a temporary folder)")

@@ -10,6 +10,7 @@ from shared.errors import AmpdError, ErrorCode
 from shared.messages import ReplanMode
 from shared.policy_flags import build_policy, read_policy_options
 from shared.profile_files import load_profile
+from shared.transport.names import TransportName
 
 EMULATED_SUFFIX = " (emulated)"
 
@@ -34,6 +35,7 @@ class ClusterOptions:
     device: str = "cpu"
     threads: int = 1
     kv_memory_mb: int = 1024
+    kv_transport: TransportName = "auto"
     max_context: int | None = None
     port: int = 0
     data_dir: Path | None = None
@@ -81,6 +83,7 @@ def engine_arguments(options: ClusterOptions, model_dir: Path | None) -> list[st
             "--engine=emulated",
             f"--time-scale={options.time_scale}",
             f"--parallel-degree={options.parallel_degree}",
+            f"--kv-transport={options.kv_transport}",
         ]
     return [
         f"--model-dir={model_dir}",
@@ -89,4 +92,5 @@ def engine_arguments(options: ClusterOptions, model_dir: Path | None) -> list[st
         f"--threads={options.threads}",
         f"--kv-memory-mb={options.kv_memory_mb}",
         f"--parallel-degree={options.parallel_degree}",
+        f"--kv-transport={options.kv_transport}",
     ]

@@ -45,7 +45,7 @@ def describe_status(status: ClusterStatus) -> list[RenderableType]:
         f"model {status.model}, policy {status.policy}: {alive} of {len(status.workers)} workers alive, "
         f"{status.num_sessions} sessions, {status.num_rounds_in_flight} rounds in flight"
     )
-    parts: list[RenderableType] = [head, _worker_table(status.workers)]
+    parts: list[RenderableType] = [head, _worker_table(status.workers), *_describe_pulls(status.workers)]
     if status.sessions:
         parts.append(_session_table(status.sessions, status.num_sessions))
     if any(status.counters.values()):
@@ -77,6 +77,16 @@ def _worker_table(workers: tuple[WorkerStatus, ...]) -> Table:
             style=None if worker.alive else "red",
         )
     return table
+
+
+def _describe_pulls(workers: tuple[WorkerStatus, ...]) -> list[Text]:
+    """Which way KV has come to each worker; for nixl with the lanes that its UCX has chosen."""
+    pulled = [
+        f"{worker.heartbeat.worker_id} {num_bytes / 1e6:.1f} MB by {lane}"
+        for worker in sorted(workers, key=lambda worker: worker.heartbeat.worker_id)
+        for lane, num_bytes in sorted(worker.heartbeat.kv_pulled.items())
+    ]
+    return [Text("KV pulled: " + ", ".join(pulled), style="dim")] if pulled else []
 
 
 def _count_blocks(beat: Heartbeat) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import structlog
 
 from services.worker.context import WorkerContext, WorkerLimits
 from services.worker.engines import load_engine
+from services.worker.kv_lanes import build_lanes
 from services.worker.outbox import Outbox
 from services.worker.runtime import WorkerRuntime
 from services.worker.streams import StreamPublisher
@@ -27,6 +28,7 @@ from shared.nats_bus import connect_nats_bus
 from shared.policy_flags import add_policy_flags, build_policy, read_policy_options
 from shared.service import ServiceContext, run_service
 from shared.transport.leases import LeaseTable
+from shared.transport.names import TRANSPORT_HELP, TransportName
 from shared.transport.server import KvServer
 
 log = structlog.get_logger(__name__)
@@ -63,6 +65,7 @@ def build_parser(role: Role) -> argparse.ArgumentParser:
     add("--host-kv-mb", type=float, default=0, help="host memory for evicted KV, if the policy has it; 0: the engine's")
     add("--lease-ttl", type=float, default=15.0, help="seconds a KV lease lives without renewal")
     add("--kv-listen", action="append", help="tcp://HOST:PORT or unix:///PATH, repeatable; default: both, local")
+    add("--kv-transport", choices=get_args(TransportName), default="auto", help=TRANSPORT_HELP)
     add("--kv-advertise-host", default="", help="host name other workers reach the TCP socket by")
     own_node = "default: the host's name; an emulated worker is a node of its own, since that is what its link is"
     add("--node", default="", help=f"workers of one node exchange KV over its fast links; {own_node}")
@@ -98,11 +101,12 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
     bus = await connect_nats_bus(args.nats_url, name=worker_id, on_lost=service.fail)
     with tempfile.TemporaryDirectory(prefix="ampd-kv-") as socket_dir:
         listen = args.kv_listen or [f"unix://{socket_dir}/kv.sock", "tcp://127.0.0.1:0"]
+        lanes = build_lanes(args.kv_transport, runner.pool, worker_id)
         server = KvServer(
-            runner.pool, leases, worker_id=worker_id, incarnation=incarnation, secret=secret, listen=listen
+            runner.pool, leases, worker_id=worker_id, incarnation=incarnation, secret=secret, listen=listen, lanes=lanes
         )
         endpoints = _advertised(server.start(), args.kv_advertise_host)
-        client = engine.make_kv_client(worker_id, incarnation)
+        client = engine.make_kv_client(worker_id, incarnation, lanes)
         context = WorkerContext(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -133,6 +137,7 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
         finally:
             await client.close()
             server.close()
+            lanes.close()
             await bus.close()
             engine.close()
 

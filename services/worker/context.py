@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,7 @@ class WorkerContext:
     node: str = ""
     limits: WorkerLimits = field(default_factory=WorkerLimits)
     kv_bytes_per_s: float = 0.0
+    kv_pulled: Counter[str] = field(default_factory=Counter)  # bytes, by the way they took
     draining: bool = False
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     kv_changes: KvChanges = field(init=False)
@@ -85,6 +87,7 @@ class WorkerContext:
         return task
 
     def observe_pull(self, result: PullResult) -> None:
+        self.kv_pulled[result.lane] += result.num_bytes
         active_s = result.wall_s - result.waiting_s
         if active_s > 0 and result.num_bytes > 0:
             rate = result.num_bytes / active_s

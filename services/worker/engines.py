@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from services.worker.kv_lanes import wants_shared_pool
 from shared.core.chunking import ChunkParameters
 from shared.core.measured_costs import build_profile_costs
 from shared.core.step_costs import StepCosts
@@ -19,6 +20,7 @@ from shared.errors import AmpdError, ErrorCode
 from shared.profile_files import load_profile
 from shared.text import TextCodec
 from shared.transport.client import KvClient
+from shared.transport.lanes import Lanes
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +39,7 @@ class WorkerEngine:
     parallel_degree: int = 1
     host_kv_bytes: int = 0  # host memory for evicted KV, where the command line says nothing
     host_read_s: Callable[[int], float] | None = None  # emulated: how long reading n tokens back lasts
-    make_kv_client: Callable[[str, int], KvClient]  # (worker_id, incarnation)
+    make_kv_client: Callable[[str, int, Lanes], KvClient]  # (worker_id, incarnation, lanes)
     chunk_tokens: int
     max_prefill_tokens: int
     max_batch: int
@@ -80,6 +82,7 @@ def _load_torch(args: argparse.Namespace) -> WorkerEngine:
         block_size=args.block_size,
         attention=args.attention,
         parallel_degree=args.parallel_degree,
+        shared_pool=wants_shared_pool(args.kv_transport, args.device),
     )
     return WorkerEngine(
         runner=runner,
@@ -88,8 +91,8 @@ def _load_torch(args: argparse.Namespace) -> WorkerEngine:
         costs=costs,
         profile="" if profile is None else profile.name,
         parallel_degree=args.parallel_degree,
-        make_kv_client=lambda worker_id, incarnation: KvClient(
-            runner.pool, worker_id=worker_id, incarnation=incarnation
+        make_kv_client=lambda worker_id, incarnation, lanes: KvClient(
+            runner.pool, worker_id=worker_id, incarnation=incarnation, lanes=lanes
         ),
         chunk_tokens=128,
         max_prefill_tokens=512,
@@ -110,6 +113,12 @@ def _load_emulated(args: argparse.Namespace) -> WorkerEngine:
         raise AmpdError(
             ErrorCode.INVALID_REQUEST, "--engine emulated makes up its tokens, so it has no text: leave out --model-dir"
         )
+    if args.kv_transport not in ("auto", "tcp"):
+        raise AmpdError(
+            ErrorCode.INVALID_REQUEST,
+            f"--engine emulated keeps the time of its profile's links, not of {args.kv_transport}: leave out "
+            "--kv-transport",
+        )
     profile = load_profile(args.profile)
     runner = EmulatedRunner(
         profile, parallel_degree=args.parallel_degree, time_scale=args.time_scale, block_size=args.block_size
@@ -118,7 +127,7 @@ def _load_emulated(args: argparse.Namespace) -> WorkerEngine:
     costs = build_profile_costs(profile, args.parallel_degree, args.time_scale)
     assert costs is not None, "the runner has checked the degree"
 
-    def make_kv_client(worker_id: str, incarnation: int) -> KvClient:
+    def make_kv_client(worker_id: str, incarnation: int, lanes: Lanes) -> KvClient:
         link = EmulatedLink(costs)
         return EmulatedKvClient(runner.pool, worker_id=worker_id, incarnation=incarnation, link=link)
 

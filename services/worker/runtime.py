@@ -238,6 +238,7 @@ class WorkerRuntime:
             prefill_tokens_per_s=context.engine.prefill_tokens_per_s,
             decode_step_s=context.engine.decode_step_s,
             kv_bytes_per_s=context.kv_bytes_per_s,
+            kv_pulled=dict(context.kv_pulled),
             draining=context.draining,
             prefill_scale=scheduler.predictor.prefill_scale,
             decode_scale=scheduler.predictor.decode_scale,

@@ -99,7 +99,7 @@ class EmulatedPull(Pull):
         wall_s = time.monotonic() - self.started_at
         # all but the bytes' own time counts as waiting: for the producer, and for the transfers before this one
         waiting_s = max(0.0, wall_s - self._carrying.result())
-        return PullResult(self._num_bytes, wall_s, waiting_s, result.num_segments)
+        return PullResult(self._num_bytes, wall_s, waiting_s, result.num_segments, result.lane)
 
 
 class EmulatedKvClient(KvClient):

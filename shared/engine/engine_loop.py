@@ -24,13 +24,18 @@ from shared.core.types import KvLayout, RoundKey, Segment
 from shared.engine.host_tier import HostKv, HostTier
 from shared.engine.step import StepItem
 from shared.errors import AmpdError, ErrorCode
+from shared.transport.ranges import ByteRange
+from shared.transport.region import Region
 
 
 class Pool(Protocol):
     layout: KvLayout
     num_blocks: int
 
+    @property
+    def region(self) -> Region | None: ...
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]: ...
+    def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]: ...
 
 
 class StepRunner(Protocol):

@@ -6,14 +6,16 @@ allocated: block tables are padded with it, and what is read from it is always m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from shared.core.types import DTYPE_BYTES, KvLayout, Segment
-from shared.engine.host_memory import allocate_zeros
+from shared.core.types import KvLayout, Segment
+from shared.engine.host_memory import zero
 from shared.errors import AmpdError, ErrorCode, KvTransferError
+from shared.transport.ranges import ByteRange, find_ranges, slice_views
+from shared.transport.region import Region, allocate_region
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,9 +24,16 @@ class KvPool:
     """`tensor` is [num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim] on `device`."""
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, device: str = "cpu", *, memory: torch.Tensor | None = None
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        device: str = "cpu",
+        *,
+        shared: bool = False,
+        region: Region | None = None,
     ) -> None:
-        """memory: where the pool lies, zeroed, one dimension of the layout's dtype; None: allocate it on `device`."""
+        """`shared`: peers on this host may map the pool to read it (CPU only). `region`: where it lies, if it is to lie
+        in memory that there is already; it is zeroed."""
         check_num_blocks(num_blocks)
         self.layout = layout
         self.num_blocks = num_blocks
@@ -37,40 +46,39 @@ class KvPool:
             layout.num_kv_heads,
             layout.head_dim,
         )
-        num_elements = num_blocks * layout.bytes_per_block // DTYPE_BYTES[layout.dtype]
+        num_bytes = num_blocks * layout.bytes_per_block
         dtype = TORCH_DTYPES[layout.dtype]
-        if memory is not None:
-            flat = memory
-        elif device == "cpu":
-            flat = allocate_zeros(num_elements, dtype)
+        self.region = region
+        if region is None and device == "cpu":
+            self.region = allocate_region(num_bytes, shared=shared)
+        if self.region is not None:
+            flat = zero(self.region, dtype)
         else:
-            flat = torch.zeros(num_elements, dtype=dtype, device=device)
+            flat = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
         self.tensor = flat.view(shape)
         self._bytes = flat.view(torch.uint8)
-        self._host_view = _view_bytes(self._bytes) if device == "cpu" else None
 
     @property
     def has_views(self) -> bool:
         """Whether segment_views works; otherwise bytes go through read_segment and write_segment."""
-        return self._host_view is not None
+        return self.region is not None
 
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]:
         """Writable views of the segment's bytes, in the order Segment defines, as few ranges as possible. CPU only.
 
         Raises KvTransferError if the segment does not lie within the layout and `block_table`.
         """
-        if self._host_view is None:
+        if self.region is None:
             raise KvTransferError(
                 ErrorCode.INTERNAL, f"KV on {self.device} has no host views: use read_segment / write_segment"
             )
-        view = self._host_view
-        return [view[start:stop] for start, stop in self._byte_ranges(block_table, segment)]
+        return slice_views(self.region.data, self.byte_ranges(block_table, segment))
 
     def read_segment(self, block_table: Sequence[int], segment: Segment) -> memoryview:
         """A host copy of the segment's bytes, on any device (through pinned memory from CUDA)."""
         staging = self._staging(segment)
         offset = 0
-        for start, stop in self._byte_ranges(block_table, segment):
+        for start, stop in self.byte_ranges(block_table, segment):
             staging[offset : offset + stop - start].copy_(self._bytes[start:stop], non_blocking=True)
             offset += stop - start
         self._finish_copies()
@@ -90,7 +98,7 @@ class KvPool:
             )
         _view_bytes(staging)[:] = source
         offset = 0
-        for start, stop in self._byte_ranges(block_table, segment):
+        for start, stop in self.byte_ranges(block_table, segment):
             self._bytes[start:stop].copy_(staging[offset : offset + stop - start], non_blocking=True)
             offset += stop - start
         self._finish_copies()
@@ -103,34 +111,10 @@ class KvPool:
         if self.device.startswith("cuda"):
             torch.cuda.current_stream(torch.device(self.device)).synchronize()
 
-    def _byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[tuple[int, int]]:
-        """Byte ranges of the pool in canonical order; a range that starts where the last one stops is joined to it."""
+    def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]:
+        """Byte ranges of the pool, in the order Segment defines. Raises KvTransferError as segment_views."""
         check_segment(self.layout, self.num_blocks, block_table, segment)
-        ranges: list[tuple[int, int]] = []
-        for start, stop in self._walk(block_table, segment):
-            if ranges and ranges[-1][1] == start:
-                ranges[-1] = (ranges[-1][0], stop)
-            else:
-                ranges.append((start, stop))
-        return ranges
-
-    def _walk(self, block_table: Sequence[int], segment: Segment) -> Iterator[tuple[int, int]]:
-        layout = self.layout
-        plane_bytes = layout.block_size * layout.slot_bytes  # the keys, or the values, of one block in one layer
-        layer_bytes = 2 * plane_bytes
-        position = segment.token_start
-        while position < segment.token_stop:
-            first_slot = position % layout.block_size
-            block_start = position - first_slot
-            stop_slot = min(layout.block_size, segment.token_stop - block_start)
-            base = block_table[block_start // layout.block_size] * layout.bytes_per_block
-            if stop_slot - first_slot == layout.block_size:
-                yield base + segment.layer_start * layer_bytes, base + segment.layer_stop * layer_bytes
-            else:
-                for plane in range(2 * segment.layer_start, 2 * segment.layer_stop):
-                    start = base + plane * plane_bytes
-                    yield start + first_slot * layout.slot_bytes, start + stop_slot * layout.slot_bytes
-            position = block_start + stop_slot
+        return find_ranges(self.layout, block_table, segment)
 
 
 def check_num_blocks(num_blocks: int) -> None:

@@ -75,10 +75,12 @@ class ModelRunner:
         num_blocks: int,
         block_size: int = 16,
         attention: str = "auto",
+        shared_pool: bool = False,
         parallel_degree: int = 1,
         rank_timeout_s: float = 60.0,
     ) -> ModelRunner:
-        """Load the Hugging Face folder `model_dir` (config.json and *.safetensors) for serving.
+        """Load the Hugging Face folder `model_dir` (config.json and *.safetensors) for serving. shared_pool: peers on
+        this host may map its KV pool to read it.
 
         parallel_degree: processes that hold the model together (tensor parallelism); this one starts the others, and
         must be told to `close`. rank_timeout_s: how long they wait for each other within one operation.
@@ -94,7 +96,7 @@ class ModelRunner:
         ranks: RankGroup | None = None
         pool: KvPool | ShardedKvPool
         if parallel_degree == 1:
-            pool = KvPool(layout, num_blocks, device)
+            pool = KvPool(layout, num_blocks, device, shared=shared_pool)
             decoder = build_decoder(load_model(model_dir, config, dtype, device), pool, attention, threads)
         else:
             check_divisible(config, parallel_degree, device)

@@ -25,8 +25,7 @@ import msgspec
 import torch
 import torch.distributed
 
-from shared.engine.host_memory import create_shared_memory, map_shared_zeros
-from shared.engine.kv_pool import TORCH_DTYPES
+from shared.engine.host_memory import create_common_memory, map_common_memory
 from shared.engine.rank_messages import RankReady, RankStarted, encode_step, receive, send
 from shared.engine.sharded_pool import ShardedKvPool
 from shared.engine.step import StepItem
@@ -120,30 +119,32 @@ class RankGroup:
     # ---------------------------------------------------------------------------------------- start
 
     def _load(self) -> None:
-        spec, dtype = self._spec, TORCH_DTYPES[self._spec.layout.dtype]
+        spec = self._spec
         descriptors = [
-            create_shared_memory(f"ampd-kv-rank-{rank}", spec.shard_bytes) for rank in range(spec.parallel_degree)
+            create_common_memory(f"ampd-kv-rank-{rank}", spec.shard_bytes) for rank in range(spec.parallel_degree)
         ]
         try:
-            memories = [
-                map_shared_zeros(descriptor, spec.shard_bytes // dtype.itemsize, dtype) for descriptor in descriptors
-            ]
+            regions = [map_common_memory(descriptor, spec.shard_bytes) for descriptor in descriptors]
             for rank in range(1, spec.parallel_degree):
                 self._children.append(_start_rank(spec, rank, descriptors[rank]))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         for rank, (_, control) in enumerate(self._children, start=1):
-            send(control, msgspec.structs.replace(spec, rank=rank))
+            try:
+                send(control, msgspec.structs.replace(spec, rank=rank))
+            except OSError as error:
+                raise self._fail("while it started", error) from error
         self._expect_from_all(RankStarted, "while it started")
         with self._failing_together("while they met"):
             join_group(spec)
         with self._failing_together("while they loaded the model"):
-            self._decoder = load_shard(spec, memories[0])
+            self._decoder = load_shard(spec, regions[0])
         self._expect_from_all(RankReady, "while it loaded the model")
+        shutil.rmtree(self._folder)  # they have met; whatever ends this process now, nothing is left behind
         for _, control in self._children:
             control.settimeout(spec.timeout_s)
-        self.pool = ShardedKvPool(spec.layout, spec.num_blocks, memories)
+        self.pool = ShardedKvPool(spec.layout, spec.num_blocks, regions)
 
     def _expect_from_all(self, message_type: type[Message], when: str) -> None:
         for _, control in self._children:

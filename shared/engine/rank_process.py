@@ -15,8 +15,7 @@ import torch
 import torch.distributed
 
 from shared.child_process import die_with_parent
-from shared.engine.host_memory import map_shared_zeros
-from shared.engine.kv_pool import TORCH_DTYPES
+from shared.engine.host_memory import map_common_memory
 from shared.engine.model_loading import read_context_limits
 from shared.engine.rank_messages import RankReady, RankStarted, RankStep, decode_items, receive, send
 from shared.engine.step_batch import build_step_batch
@@ -32,9 +31,7 @@ def main(control: socket.socket, memory_descriptor: int) -> None:
     torch.set_num_threads(spec.threads)
     send(control, RankStarted())
     join_group(spec)
-    dtype = TORCH_DTYPES[spec.layout.dtype]
-    memory = map_shared_zeros(memory_descriptor, spec.shard_bytes // dtype.itemsize, dtype)
-    decoder = load_shard(spec, memory)
+    decoder = load_shard(spec, map_common_memory(memory_descriptor, spec.shard_bytes))
     max_context_tokens, vocab_size = read_context_limits(decoder.model.config)
     send(control, RankReady())
     with torch.inference_mode():

@@ -9,38 +9,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from shared.core.types import KvLayout, Segment
 from shared.engine.kv_pool import check_num_blocks, check_segment
 from shared.errors import ErrorCode, KvTransferError
+from shared.transport.ranges import ByteRange
+from shared.transport.region import Region
 
 Bytes = NDArray[np.uint8]
 
 
 class ShardedKvPool:
-    """`memories`: of each rank, its pool's bytes, [num_blocks, num_layers, 2, block_size, slot_bytes / ranks] uint8.
+    """`regions`: of each rank, its pool's bytes, [num_blocks, num_layers, 2, block_size, slot_bytes / ranks]; zeroed.
 
     As with KvPool, who may touch which block is decided elsewhere; block 0 is padding.
     """
 
     has_views = False
     device = "cpu"
+    region: Region | None = None  # in which the pool would lie as Segment orders it
 
-    def __init__(self, layout: KvLayout, num_blocks: int, memories: Sequence[torch.Tensor]) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, regions: Sequence[Region]) -> None:
         check_num_blocks(num_blocks)
         self.layout = layout
         self.num_blocks = num_blocks
-        self._shard_slot_bytes = layout.slot_bytes // len(memories)
+        self._shard_slot_bytes = layout.slot_bytes // len(regions)
         shape = (num_blocks, layout.num_layers, 2, layout.block_size, self._shard_slot_bytes)
-        self._shards: list[Bytes] = [memory.view(torch.uint8).view(shape).numpy() for memory in memories]
+        self._shards: list[Bytes] = [np.frombuffer(one.data, dtype=np.uint8).reshape(shape) for one in regions]
+        for shard in self._shards:
+            shard.fill(0)  # first touch here, not in the first transfer
 
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]:
         """Raises KvTransferError: a slot's bytes lie in several places."""
         raise KvTransferError(
             ErrorCode.INTERNAL, "KV of tensor-parallel ranks has no views: use read_segment / write_segment"
         )
+
+    def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]:
+        """Raises KvTransferError, as segment_views."""
+        raise KvTransferError(ErrorCode.INTERNAL, "KV of tensor-parallel ranks is not in one memory")
 
     def read_segment(self, block_table: Sequence[int], segment: Segment) -> memoryview:
         """A copy of the segment's bytes in the order Segment defines.

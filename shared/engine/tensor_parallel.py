@@ -21,6 +21,7 @@ from shared.engine.decoders import build_shard_decoder
 from shared.engine.kv_pool import KvPool
 from shared.engine.model_loading import load_model, read_model_config, refusal
 from shared.engine.transformers_decoder import TransformersDecoder
+from shared.transport.region import Region
 
 LOOPBACK = "lo"
 
@@ -86,11 +87,11 @@ def join_group(spec: RankSpec) -> None:
     )
 
 
-def load_shard(spec: RankSpec, memory: torch.Tensor) -> TransformersDecoder:
-    """This rank's weights, and its pool in `memory` (flat, of the layout's dtype). All ranks must have joined."""
+def load_shard(spec: RankSpec, region: Region) -> TransformersDecoder:
+    """This rank's weights, and its pool in `region`. All ranks must have joined."""
     model_dir = Path(spec.model_dir)
     model = load_model(
         model_dir, read_model_config(model_dir), spec.layout.dtype, "cpu", parallel_degree=spec.parallel_degree
     )
-    pool = KvPool(spec.shard_layout, spec.num_blocks, memory=memory)
+    pool = KvPool(spec.shard_layout, spec.num_blocks, region=region)
     return build_shard_decoder(model, pool, spec.attention, spec.threads)

@@ -113,6 +113,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     kv_held: tuple[KvHeld, ...] = ()  # sessions, bound here or kept, that no longer have what was told of them last
     num_evictable_blocks: int = 0  # not free, but held by KV kept for sessions bound elsewhere: it goes when need be
     num_host_tokens: int = 0  # KV in host memory
+    kv_pulled: dict[str, int] = {}  # bytes of KV that came from other workers, by the way they took
 
 
 class WorkerLeaving(Message, frozen=True, kw_only=True, tag="worker_leaving"):

@@ -7,6 +7,8 @@ kernel's SO_RCVTIMEO / SO_SNDTIMEO bound every call, and cost no extra system ca
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import struct
 import threading
@@ -130,6 +132,25 @@ class Channel:
         self.receive_into([body])
         return decode_body(body, body_type)
 
+    def send_descriptor(self, descriptor: int) -> None:
+        """Unix sockets only: the peer gets a descriptor of the same open file."""
+        try:
+            socket.send_fds(self.sock, [b"d"], [descriptor], socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise self._failure(error, "took no descriptor") from error
+
+    def receive_descriptor(self) -> int:
+        """The caller closes it."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise self._failure(error, "sent no descriptor") from error
+        if not data or len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, "the peer sent no descriptor")
+        return descriptors[0]
+
     # --------------------------------------------------------------------------------------- bytes
 
     def send(self, views: Sequence[memoryview], digest: Digest | None = None) -> None:
@@ -178,6 +199,14 @@ class Channel:
         if remaining < self._progress_timeout_s:
             self._bound_kernel_waits(remaining)
 
+    def check_progress(self, since: float) -> None:
+        """For waits that are not the socket's: nothing has happened since that time. Raises ConnectionLost."""
+        self._check_deadline()
+        if time.monotonic() - since > self._progress_timeout_s:
+            raise ConnectionLost(
+                ErrorCode.KV_TRANSFER_FAILED, f"stalled: no byte has come for {self._progress_timeout_s:.3g} s"
+            )
+
     def _bound_kernel_waits(self, timeout_s: float) -> None:
         if timeout_s != self._kernel_timeout_s:
             self._kernel_timeout_s = timeout_s
@@ -194,6 +223,15 @@ class Channel:
         return ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, f"the connection broke: {error.strerror or error}")
 
     # ----------------------------------------------------------------------------------------- end
+
+    def has_data(self) -> bool:
+        """Whether the next receive would not wait."""
+        return bool(select.select([self.sock], (), (), 0)[0])
+
+    @property
+    def description(self) -> str:
+        """Of the way that bytes take through the connection."""
+        return "unix" if self.sock.family == socket.AF_UNIX else "tcp"
 
     def is_quiet(self) -> bool:
         """Whether an idle connection is still open and says nothing, as it should."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel, Interrupt
 from shared.transport.endpoints import connect, preferred_endpoints
+from shared.transport.lanes import Lanes, RemotePool
 from shared.transport.protocol import KvMemory
 from shared.transport.receiver import PullRequest, PullResult, as_transfer_error, greet, receive_kv
 
@@ -64,10 +65,14 @@ class _Idle(NamedTuple):
     since: float
     peer: tuple[str, int]
     channel: Channel
+    pool: RemotePool | None
 
 
 class KvClient:
-    """Pulls KV into `memory`. start_pull and close are for the thread of one asyncio loop."""
+    """Pulls KV into `memory`. start_pull and close are for the thread of one asyncio loop.
+
+    `lanes`: how KV may come (default: through the connection); not closed here.
+    """
 
     def __init__(
         self,
@@ -75,12 +80,14 @@ class KvClient:
         *,
         worker_id: str,
         incarnation: int,
+        lanes: Lanes | None = None,
         max_concurrent: int = 32,
         idle_timeout_s: float = 30.0,
     ) -> None:
         self._memory = memory
         self._worker_id = worker_id
         self._incarnation = incarnation
+        self._lanes = lanes or Lanes()
         self._max_concurrent = max_concurrent
         self._idle_timeout_s = idle_timeout_s
         self._lock = threading.Lock()
@@ -183,27 +190,27 @@ class KvClient:
 
     def _pull(self, pull: Pull) -> PullResult:
         request = pull.request
-        channel = self._open(pull)
+        channel, pool = self._open(pull)
         try:
             channel.set_deadlines(progress_timeout_s=request.progress_timeout_s, deadline_s=max(1e-3, pull.remaining_s))
-            result = receive_kv(channel, self._memory, request, pull.started_at)
+            result = receive_kv(channel, self._memory, pool, request, pull.started_at, pull.interrupt)
         except BaseException:
             pull.interrupt.forget()
             channel.close()
             raise
         pull.interrupt.forget()
-        self._keep(channel, (request.source, request.source_incarnation))
+        self._keep(channel, pool, (request.source, request.source_incarnation))
         return result
 
-    def _open(self, pull: Pull) -> Channel:
-        """A greeted connection to the source, watched by the pull's interrupt."""
+    def _open(self, pull: Pull) -> tuple[Channel, RemotePool | None]:
+        """A greeted connection to the source, watched by the pull's interrupt, and its pool if that is read."""
         request = pull.request
-        while (channel := self._take_idle((request.source, request.source_incarnation))) is not None:
-            pull.interrupt.watch(channel.sock)
-            if channel.is_quiet():
-                return channel
+        while (idle := self._take_idle((request.source, request.source_incarnation))) is not None:
+            pull.interrupt.watch(idle.channel.sock)
+            if idle.channel.is_quiet():
+                return idle.channel, idle.pool
             pull.interrupt.forget()
-            channel.close()
+            idle.channel.close()
         failure = KvTransferError(
             ErrorCode.KV_TRANSFER_FAILED,
             f"no endpoint of worker {request.source} can be reached from here: {', '.join(request.endpoints)}",
@@ -221,8 +228,8 @@ class KvClient:
                 sock, progress_timeout_s=request.progress_timeout_s, deadline_s=max(1e-3, pull.remaining_s)
             )
             try:
-                greet(channel, self._memory, self._worker_id, self._incarnation, request)
-                return channel
+                pool = greet(channel, self._memory, self._lanes, self._worker_id, self._incarnation, request)
+                return channel, pool
             except AmpdError as error:
                 # another worker may live at a Unix path of the same name here: the next endpoint may be right
                 failure = as_transfer_error(error)
@@ -232,18 +239,18 @@ class KvClient:
 
     # ------------------------------------------------------------------------------ idle connections
 
-    def _take_idle(self, peer: tuple[str, int]) -> Channel | None:
+    def _take_idle(self, peer: tuple[str, int]) -> _Idle | None:
         with self._lock:
             for index in range(len(self._idle) - 1, -1, -1):
                 if self._idle[index].peer == peer:
-                    return self._idle.pop(index).channel
+                    return self._idle.pop(index)
         return None
 
-    def _keep(self, channel: Channel, peer: tuple[str, int]) -> None:
+    def _keep(self, channel: Channel, pool: RemotePool | None, peer: tuple[str, int]) -> None:
         with self._lock:
             held = sum(idle.peer == peer for idle in self._idle)
             if not self._closed and held < _MAX_IDLE_PER_PEER and len(self._idle) < _MAX_IDLE_CONNECTIONS:
-                self._idle.append(_Idle(time.monotonic(), peer, channel))
+                self._idle.append(_Idle(time.monotonic(), peer, channel, pool))
                 return
         channel.close()
 

@@ -8,9 +8,13 @@ One connection carries one pull at a time, any number one after another:
                                                TRAILER ok + digest, or failed + why   (or REFUSED)
     DELIVERED
 
-A frame is a fixed header and `length` bytes: MessagePack for control frames, KV in Segment's order for SEGMENT.
-Every header names (incarnation, lease, generation); the digest is over headers and payloads of all SEGMENT frames,
-so bytes that arrive intact but under another header do not pass either.
+HELLO offers ways to move the payload (lanes.py), WELCOME chooses one. Of a one-sided way the sender's segments are
+RANGES* instead: where in its pool they lie. The receiver reads them there, and says COPIED of each, in order.
+
+A frame is a fixed header and `length` bytes: MessagePack for control frames, KV in Segment's order for SEGMENT,
+pairs (start, stop) of 64 bits each for RANGES. Every header names (incarnation, lease, generation); the digest is over
+headers and payloads of all SEGMENT frames, or headers, ranges and what lies there of all RANGES frames, so bytes that
+arrive intact but under another header do not pass either.
 """
 
 from __future__ import annotations
@@ -21,16 +25,19 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
+import numpy as np
 import xxhash
 
 from shared.core.types import KvLayout, RoundKey, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
+from shared.transport.ranges import ByteRange
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"AKV1"
-MAX_CONTROL_BYTES = 4096
+MAX_CONTROL_BYTES = 16_384
 CHUNK_BYTES = 4 << 20  # payload of one frame, unless one block of one layer is larger (why: ADR 0004)
 KEEPALIVE_S = 0.5
+_RANGE_BYTES = 16
 
 HEADER = struct.Struct("<4sBxxxQQQIIIIQ8x")  # magic, kind, incarnation, lease, generation, segment, length
 Digest = xxhash.xxh3_64  # why this one: docs/decisions/0004-kv-transport.md
@@ -70,6 +77,8 @@ class FrameKind(IntEnum):
     TRAILER = 6
     DELIVERED = 7
     REFUSED = 8
+    RANGES = 9
+    COPIED = 10
 
 
 class LeaseId(NamedTuple):
@@ -101,6 +110,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     layout: KvLayout  # so that a mismatch can be explained
     peer_id: str
     peer_incarnation: int
+    lanes: tuple[str, ...]  # HELLO: what is offered, best first; WELCOME: the one chosen
+    pool: bytes = b""  # WELCOME: how to read the sender's pool by that lane
 
 
 class PullBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,6 +146,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
         return KvTransferError(ErrorCode(self.code) if known else ErrorCode.KV_TRANSFER_FAILED, self.message)
 
 
+_PAYLOAD_KINDS = (FrameKind.SEGMENT, FrameKind.RANGES)
 ControlBody = Hello | PullBody | Trailer | Refused
 Body = TypeVar("Body", Hello, PullBody, Trailer, Refused)
 
@@ -160,7 +172,7 @@ def encode_header(kind: FrameKind, lease: LeaseId, segment: Segment, length: int
 def decode_header(data: bytes | memoryview) -> Frame:
     """Raises AmpdError MALFORMED_MESSAGE: wrong magic, unknown kind, or a control frame over MAX_CONTROL_BYTES.
 
-    The length of a SEGMENT is not judged here: the receiver knows the only length that its segment may have.
+    The length of SEGMENT and RANGES is not judged here: the receiver knows what their segment allows.
     """
     magic, number, incarnation, lease_id, generation, l0, l1, t0, t1, length = HEADER.unpack(data)
     if magic != MAGIC:
@@ -168,11 +180,31 @@ def decode_header(data: bytes | memoryview) -> Frame:
     if number not in FrameKind.__members__.values():
         raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"unknown frame kind {number}")
     kind = FrameKind(number)
-    if kind is not FrameKind.SEGMENT and length > MAX_CONTROL_BYTES:
+    if kind not in _PAYLOAD_KINDS and length > MAX_CONTROL_BYTES:
         raise AmpdError(
             ErrorCode.MALFORMED_MESSAGE, f"{kind.name} of {length} bytes is over the limit of {MAX_CONTROL_BYTES}"
         )
     return Frame(kind, LeaseId(incarnation, lease_id, generation), Segment(l0, l1, t0, t1), length)
+
+
+def encode_ranges(ranges: Sequence[ByteRange]) -> bytes:
+    return np.array(ranges, dtype="<u8").tobytes()
+
+
+def check_ranges_length(length: int, segment: Segment, layout: KvLayout) -> None:
+    """Before room is made for them. A range has one token's keys of a layer at least. Raises KvTransferError."""
+    most = segment.num_bytes(layout) // layout.slot_bytes
+    if length % _RANGE_BYTES or not 0 < length // _RANGE_BYTES <= most:
+        raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"RANGES of {length} bytes for {segment}")
+
+
+def decode_ranges(data: bytes | bytearray, num_bytes: int, pool_bytes: int) -> list[ByteRange]:
+    """Raises KvTransferError unless they lie in a pool of pool_bytes and have num_bytes together."""
+    pairs = np.frombuffer(data, dtype="<u8").reshape(-1, 2)
+    starts, stops = pairs[:, 0], pairs[:, 1]
+    if not (starts < stops).all() or int(stops.max()) > pool_bytes or int((stops - starts).sum()) != num_bytes:
+        raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, "ranges came that are not within the sender's pool")
+    return [ByteRange(start, stop) for start, stop in pairs.tolist()]
 
 
 def check_peer(mine: Hello, theirs: Hello) -> None:

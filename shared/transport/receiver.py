@@ -5,14 +5,15 @@ Blocking; runs in a thread of its own (client.py).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 from shared.core.types import RoundKey, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
-from shared.transport.channel import Channel
+from shared.transport.channel import Channel, ConnectionLost, Interrupt
+from shared.transport.lanes import Lanes, Reading, RemotePool
 from shared.transport.protocol import (
     KEEPALIVE_S,
     PROTOCOL_VERSION,
@@ -28,7 +29,10 @@ from shared.transport.protocol import (
     Trailer,
     as_staged,
     check_peer,
+    check_ranges_length,
     decode_header,
+    decode_ranges,
+    encode_header,
     split_segment,
 )
 
@@ -62,17 +66,23 @@ class PullResult:
     """Every byte has arrived and its digest is right.
 
     wall_s: from start_pull. waiting_s: the part of it in which there was nothing to send, because the producer had not
-    published more. num_segments: frames received.
+    published more. num_segments: frames received. lane: the way that the bytes took.
     """
 
     num_bytes: int
     wall_s: float
     waiting_s: float
     num_segments: int
+    lane: str
 
 
-def greet(channel: Channel, memory: KvMemory, worker_id: str, incarnation: int, request: PullRequest) -> None:
-    """Open a new connection's conversation. Raises KvTransferError that says what differs."""
+def greet(
+    channel: Channel, memory: KvMemory, lanes: Lanes, worker_id: str, incarnation: int, request: PullRequest
+) -> RemotePool | None:
+    """Open a new connection's conversation; returns the peer's pool if it can be read from here.
+
+    Raises KvTransferError that says what differs.
+    """
     layout = memory.layout
     mine = Hello(
         protocol=PROTOCOL_VERSION,
@@ -82,13 +92,19 @@ def greet(channel: Channel, memory: KvMemory, worker_id: str, incarnation: int, 
         layout=layout,
         peer_id=request.source,
         peer_incarnation=request.source_incarnation,
+        lanes=lanes.names(channel),
     )
     channel.send_control(FrameKind.HELLO, mine)
     theirs = channel.receive_body(_expect(channel, channel.receive_frame(), FrameKind.WELCOME), Hello)
     check_peer(mine, theirs)
+    lane = lanes.find(theirs.lanes[0] if theirs.lanes else "")
+    return lane.open(channel, (theirs.worker_id, theirs.incarnation), theirs.pool) if lane is not None else None
 
 
-def receive_kv(channel: Channel, memory: KvMemory, request: PullRequest, started_at: float) -> PullResult:
+def receive_kv(
+    channel: Channel, memory: KvMemory, pool: RemotePool | None, request: PullRequest, started_at: float,
+    interrupt: Interrupt,
+) -> PullResult:  # fmt: skip
     """Pull over a greeted connection. Raises AmpdError; then what was written to the blocks must not be used."""
     name = LeaseId(request.source_incarnation, request.lease_id, request.generation)
     channel.send_control(
@@ -103,39 +119,117 @@ def receive_kv(channel: Channel, memory: KvMemory, request: PullRequest, started
         ),
         name,
     )
-    layout = memory.layout
-    coverage = Coverage(layout.num_layers, request.token_start, request.token_stop)
-    digest = Digest()
-    num_bytes = num_segments = 0
-    while True:
-        header = channel.receive_header()
-        frame = decode_header(header)
-        if frame.kind is not FrameKind.REFUSED and frame.lease != name:
-            raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"a frame of {frame.lease} came, not of {name}")
-        match frame.kind:
-            case FrameKind.KEEPALIVE:
-                _require_length(frame, 0)
-            case FrameKind.SEGMENT:
-                _add(coverage, frame.segment)
-                _require_length(frame, frame.segment.num_bytes(layout))
-                digest.update(header)
-                _receive_segment(channel, memory, request.block_table, frame.segment, digest)
-                num_bytes += frame.length
-                num_segments += 1
-                if request.on_segment is not None:
-                    request.on_segment(frame.segment)
-            case FrameKind.TRAILER:
-                trailer = channel.receive_body(frame, Trailer)
-                break
-            case FrameKind.REFUSED:
-                raise channel.receive_body(frame, Refused).error()
-            case FrameKind.HELLO | FrameKind.WELCOME | FrameKind.PULL | FrameKind.DELIVERED:
-                raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"{frame.kind.name} came instead of KV")
-            case _:
-                assert_never(frame.kind)
-    _verify(trailer, coverage, digest.digest(), num_bytes)
+    incoming = _Incoming(channel, memory, pool, request, name, interrupt)
+    try:
+        trailer = incoming.receive()
+    finally:
+        incoming.abandon()
+    _verify(trailer, incoming.coverage, incoming.digest.digest(), incoming.num_bytes)
     channel.send_control(FrameKind.DELIVERED, lease=name)
-    return PullResult(num_bytes, time.monotonic() - started_at, trailer.waiting_s, num_segments)
+    return PullResult(
+        incoming.num_bytes,
+        time.monotonic() - started_at,
+        trailer.waiting_s,
+        incoming.num_segments,
+        pool.description if pool is not None else channel.description,
+    )
+
+
+class _Incoming:
+    """What has come of one pull. Of a one-sided lane one reading is under way while the next frame is awaited."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        memory: KvMemory,
+        pool: RemotePool | None,
+        request: PullRequest,
+        name: LeaseId,
+        interrupt: Interrupt,
+    ) -> None:
+        self._channel = channel
+        self._memory = memory
+        self._pool = pool
+        self._request = request
+        self._name = name
+        self._interrupt = interrupt
+        self.coverage = Coverage(memory.layout.num_layers, request.token_start, request.token_stop)
+        self.digest = Digest()
+        self.num_bytes = self.num_segments = 0
+        self._reading: tuple[Segment, bytes, Reading] | None = None  # its frame's header and ranges
+
+    def receive(self) -> Trailer:
+        while True:
+            if self._reading is not None and not self._channel.has_data():
+                self._finish_reading()
+            header = self._channel.receive_header()
+            frame = decode_header(header)
+            if frame.kind is not FrameKind.REFUSED and frame.lease != self._name:
+                raise KvTransferError(
+                    ErrorCode.KV_TRANSFER_FAILED, f"a frame of {frame.lease} came, not of {self._name}"
+                )
+            match frame.kind:
+                case FrameKind.KEEPALIVE:
+                    _require_length(frame, 0)
+                case FrameKind.SEGMENT if self._pool is None:
+                    self._take_payload(header, frame)
+                case FrameKind.RANGES if self._pool is not None:
+                    self._take_ranges(bytes(header), frame, self._pool)
+                case FrameKind.TRAILER:
+                    return self._channel.receive_body(frame, Trailer)
+                case FrameKind.REFUSED:
+                    raise self._channel.receive_body(frame, Refused).error()
+                case _:
+                    raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"{frame.kind.name} came instead of KV")
+
+    def _take_payload(self, header: memoryview, frame: Frame) -> None:
+        _add(self.coverage, frame.segment)
+        _require_length(frame, frame.segment.num_bytes(self._memory.layout))
+        self.digest.update(header)
+        _receive_segment(self._channel, self._memory, self._request.block_table, frame.segment, self.digest)
+        self._count(frame.segment)
+
+    def _take_ranges(self, header: bytes, frame: Frame, pool: RemotePool) -> None:
+        """Begin to read these, and finish the ones before."""
+        segment, layout = frame.segment, self._memory.layout
+        _add(self.coverage, segment)
+        check_ranges_length(frame.length, segment, layout)
+        body = bytearray(frame.length)
+        self._channel.receive_into([memoryview(body)])
+        ranges = decode_ranges(body, segment.num_bytes(layout), pool.num_bytes)
+        started_at = time.monotonic()
+        reading = pool.begin(ranges, lambda: self._check(started_at), wait=self._reading is None)
+        if self._reading is not None:
+            self._finish_reading()
+        if reading is None:
+            reading = pool.begin(ranges, lambda: self._check(started_at), wait=True)
+        assert reading is not None
+        self._reading = (segment, header + body, reading)
+
+    def _check(self, started_at: float) -> None:
+        if self._interrupt.triggered:
+            raise ConnectionLost(ErrorCode.CANCELLED, "the pull was cancelled")
+        self._channel.check_progress(started_at)
+
+    def _finish_reading(self) -> None:
+        assert self._reading is not None
+        segment, described, reading = self._reading
+        self._reading = None
+        self.digest.update(described)
+        reading.finish(self._memory.segment_views(self._request.block_table, segment), self.digest)
+        with contextlib.suppress(ConnectionLost):  # a sender that has given up says why in the trailer
+            self._channel.send([memoryview(encode_header(FrameKind.COPIED, self._name, segment, 0))])
+        self._count(segment)
+
+    def _count(self, segment: Segment) -> None:
+        self.num_bytes += segment.num_bytes(self._memory.layout)
+        self.num_segments += 1
+        if self._request.on_segment is not None:
+            self._request.on_segment(segment)
+
+    def abandon(self) -> None:
+        if self._reading is not None:
+            self._reading[2].abandon()
 
 
 def _receive_segment(

@@ -10,20 +10,20 @@ import contextlib
 import math
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shared.core.types import Segment
+import msgspec
+
 from shared.errors import AmpdError, ErrorCode
 from shared.transport.channel import Channel, ConnectionLost, Interrupt
 from shared.transport.endpoints import listen, parse_endpoint
-from shared.transport.leases import Lease, LeaseEnd, LeaseTable, Publication
+from shared.transport.lanes import Lane, Lanes
+from shared.transport.leases import Lease, LeaseEnd, LeaseTable
 from shared.transport.protocol import (
     KEEPALIVE_S,
     PROTOCOL_VERSION,
-    Digest,
     Frame,
     FrameKind,
     Hello,
@@ -31,12 +31,9 @@ from shared.transport.protocol import (
     LeaseId,
     PullBody,
     Refused,
-    Trailer,
-    as_staged,
     check_peer,
-    encode_header,
-    split_segment,
 )
+from shared.transport.sender import RangeSender, SegmentSender, StreamSender, send_lease
 from shared.transport.tickets import UsedNonces, check_secret, verify
 
 _MAX_PROGRESS_TIMEOUT_S = 30.0
@@ -46,7 +43,7 @@ class KvServer:
     """Serves the leases of `leases` from `memory`. `listen`: endpoints such as tcp://127.0.0.1:0, unix:///path.
 
     `counters` counts since the start: connections, refused (typed refusals), malformed, pulls, delivered, failed,
-    bytes_sent (payload), accept_errors.
+    bytes_sent (payload), accept_errors. `lanes`: how KV may leave (default: through the connection); not closed here.
     """
 
     def __init__(
@@ -58,6 +55,7 @@ class KvServer:
         incarnation: int,
         secret: bytes,
         listen: Sequence[str],
+        lanes: Lanes | None = None,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
         idle_timeout_s: float = 60.0,
@@ -69,6 +67,7 @@ class KvServer:
         self._incarnation = incarnation
         self._secret = secret
         self._listen = tuple(listen)
+        self._lanes = lanes or Lanes()
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
         self._idle_timeout_s = idle_timeout_s
@@ -174,9 +173,9 @@ class KvServer:
         timeout_s = self._handshake_timeout_s
         channel = Channel(sock, progress_timeout_s=timeout_s, deadline_s=timeout_s)
         try:
-            peer = self._greet(channel)
+            peer, lane = self._greet(channel)
             while not self._closing.is_set():
-                self._serve_pull(channel, peer)
+                self._serve_pull(channel, peer, lane)
                 channel.set_deadlines(progress_timeout_s=self._idle_timeout_s, deadline_s=self._idle_timeout_s)
         except ConnectionLost:
             pass  # an idle or broken connection; what it cost a lease has been recorded with the lease
@@ -193,7 +192,7 @@ class KvServer:
         with contextlib.suppress(ConnectionLost):  # a peer that does not listen to why
             channel.send_control(FrameKind.REFUSED, Refused(code=error.code, message=error.message[:500]))
 
-    def _greet(self, channel: Channel) -> Hello:
+    def _greet(self, channel: Channel) -> tuple[Hello, Lane | None]:
         theirs = channel.receive_body(_expect(channel.receive_frame(), FrameKind.HELLO), Hello)
         layout = self._memory.layout
         mine = Hello(
@@ -204,14 +203,20 @@ class KvServer:
             layout=layout,
             peer_id=theirs.worker_id,
             peer_incarnation=theirs.incarnation,
+            lanes=(),
         )
         check_peer(theirs, mine)  # seen from the receiver, which named whom it wants
-        channel.send_control(FrameKind.WELCOME, mine)
-        return theirs
+        name = self._lanes.choose(channel, theirs.lanes)
+        lane = self._lanes.find(name)
+        pool = lane.describe() if lane is not None else b""
+        channel.send_control(FrameKind.WELCOME, msgspec.structs.replace(mine, lanes=(name,), pool=pool))
+        if lane is not None:
+            lane.hand_over(channel)
+        return theirs, lane
 
     # --------------------------------------------------------------------------------------- pulls
 
-    def _serve_pull(self, channel: Channel, peer: Hello) -> None:
+    def _serve_pull(self, channel: Channel, peer: Hello, lane: Lane | None) -> None:
         frame = _expect(channel.receive_frame(), FrameKind.PULL)
         body = channel.receive_body(frame, PullBody)
         lease = self._admit(peer, frame.lease, body)
@@ -221,7 +226,7 @@ class KvServer:
             channel.set_deadlines(
                 progress_timeout_s=_clamp(body.progress_timeout_s, 0.01, _MAX_PROGRESS_TIMEOUT_S), deadline_s=math.inf
             )
-            self._send_lease(channel, frame.lease, lease, body, _clamp(body.keepalive_s, 0.01, KEEPALIVE_S))
+            self._send(channel, lane, frame.lease, lease, body)
             _expect(channel.receive_frame(), FrameKind.DELIVERED)
             end, reason = LeaseEnd.DELIVERED, ""
         except AmpdError as error:
@@ -267,61 +272,18 @@ class KvServer:
         lease.begin_pull()
         return lease
 
-    def _send_lease(self, channel: Channel, name: LeaseId, lease: Lease, body: PullBody, keepalive_s: float) -> None:
-        """Send what is published of the range asked for, as it is published, then the trailer. Raises ConnectionLost,
-        and also if the lease ended before the last byte: the trailer has said so, and the connection is given up."""
-        digest = Digest()
-        num_bytes, waiting_s, index = 0, 0.0, 0
-        failure: AmpdError | None = None
+    def _send(self, channel: Channel, lane: Lane | None, name: LeaseId, lease: Lease, body: PullBody) -> None:
+        memory = self._memory
+        sender: SegmentSender = StreamSender(channel, name, memory, lease)
+        if lane is not None:
+            sender = RangeSender(channel, name, lane.memory, lease)
+        serving = lane.serving() if lane is not None else contextlib.nullcontext()
+        keepalive_s = _clamp(body.keepalive_s, 0.01, KEEPALIVE_S)
         try:
-            while True:
-                asked_at = time.perf_counter()
-                found = lease.next_segment(index, keepalive_s)
-                waiting_s += time.perf_counter() - asked_at
-                if found is Publication.COMPLETE:
-                    break
-                if found is Publication.PENDING:
-                    channel.send_control(FrameKind.KEEPALIVE, lease=name)
-                    continue
-                index += 1
-                wanted = found._replace(
-                    token_start=max(found.token_start, body.token_start),
-                    token_stop=min(found.token_stop, body.token_stop),
-                )
-                if wanted.token_start >= wanted.token_stop:
-                    continue  # the receiver has these
-                for segment in split_segment(wanted, self._memory.layout):
-                    lease.check()
-                    num_bytes += self._send_segment(channel, name, lease, segment, digest)
-            lease.check()
-        except ConnectionLost:
-            raise
-        except AmpdError as error:
-            failure = error
+            with serving:
+                send_lease(channel, name, lease, body, sender, memory.layout, keepalive_s)
         finally:
-            self._count("bytes_sent", num_bytes)
-        trailer = Trailer(
-            ok=failure is None,
-            digest=digest.digest(),
-            num_bytes=num_bytes,
-            waiting_s=waiting_s,
-            code=failure.code if failure else "",
-            message=failure.message[:500] if failure else "",
-        )
-        channel.send_control(FrameKind.TRAILER, trailer, name)
-        if failure is not None:
-            raise ConnectionLost(failure.code, failure.message) from failure
-
-    def _send_segment(self, channel: Channel, name: LeaseId, lease: Lease, segment: Segment, digest: Digest) -> int:
-        staged = as_staged(self._memory)
-        if staged is None:
-            views = self._memory.segment_views(lease.block_table, segment)
-        else:
-            views = [staged.read_segment(lease.block_table, segment)]
-        length = segment.num_bytes(self._memory.layout)
-        header = memoryview(encode_header(FrameKind.SEGMENT, name, segment, length))
-        channel.send([header, *views], digest)
-        return length
+            self._count("bytes_sent", sender.num_bytes)
 
 
 def _expect(frame: Frame, kind: FrameKind) -> Frame:

@@ -39,6 +39,33 @@ async def test_every_policy(policy: str, start_cluster: Any, planned_sessions: A
     await cluster.assert_everything_returned()
 
 
+@pytest.mark.parametrize(("transport", "lane"), [("auto", "shm"), ("tcp", "unix"), ("shm", "shm"), ("nixl", "nixl")])
+async def test_every_way_that_kv_moves(
+    transport: str, lane: str, start_cluster: Any, planned_sessions: Any, play_session: Any
+) -> None:
+    cluster = await start_cluster(policy="remote", kv_transport=transport)
+    await play_all(cluster, planned_sessions, play_session)
+    await cluster.assert_everything_returned()
+    pulled = (await cluster.heartbeats())["decode-0"].kv_pulled
+    assert sum(pulled.values()) > 0
+    assert {name.split()[0] for name in pulled} == {lane}
+
+
+async def test_workers_with_no_way_in_common_compute_what_they_cannot_move(
+    start_cluster: Any, planned_sessions: Any, play_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = services.local.ServiceProcess
+
+    def start_apart(name: str, argv: list[str], *rest: Any) -> Any:
+        return start(name, [*argv, "--kv-transport=nixl"] if name == "prefill-0" else argv, *rest)
+
+    monkeypatch.setattr(services.local, "ServiceProcess", start_apart)
+    cluster = await start_cluster(policy="remote", kv_transport="tcp")
+    assert set(await play_all(cluster, planned_sessions, play_session)) == {"local"}
+    assert not (await cluster.heartbeats())["decode-0"].kv_pulled
+    await cluster.assert_everything_returned()
+
+
 async def test_small_memory_and_small_chunks(start_cluster: Any, planned_sessions: Any, play_session: Any) -> None:
     """A pool that holds two or three of the ten sessions: rounds are chunked, sessions evicted and preempted."""
     cluster = await start_cluster(

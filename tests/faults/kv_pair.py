@@ -10,19 +10,37 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from kv_proxy import FaultProxy, Tamper
 
 from shared.core.types import KvLayout, RoundKey, Segment
 from shared.errors import KvTransferError
 from shared.transport.client import KvClient, PullRequest
+from shared.transport.lanes import Lanes
 from shared.transport.leases import Lease, LeaseEnd, LeaseTable
 from shared.transport.memory import HostKvMemory
+from shared.transport.nixl_lane import NixlLane
 from shared.transport.server import KvServer
+from shared.transport.shm_lane import ShmLane
 from shared.transport.tickets import TicketClaims, mint
 
 SECRET = b"the ticket secret of these tests"
 SMALL = KvLayout("model", 3, 2, 8, 4, "float32")  # 1.5 KiB a block
 LARGE = KvLayout("model", 4, 8, 64, 16, "float32")  # 256 KiB a block
 SENDER, RECEIVER = ("sender", 11), ("receiver", 22)  # worker id, incarnation
+
+
+ON_UNIX_SOCKETS = ("unix", "shm")
+
+
+def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int]) -> Lanes:
+    """Of a worker that can do nothing else."""
+    match family:
+        case "shm":
+            return Lanes([ShmLane(memory)], streams=False)
+        case "nixl":
+            return Lanes([NixlLane(memory, worker[0])], streams=False)
+        case _:
+            return Lanes()
 
 
 class ManualClock:
@@ -51,8 +69,11 @@ class KvPair:
         handshake_timeout_s: float = 5.0,
     ) -> None:
         self.layout = layout
-        self.source = HostKvMemory(layout, num_blocks)
-        self.target = HostKvMemory(target_layout or layout, num_blocks)
+        self.family = family
+        self.folder = folder
+        self.source = HostKvMemory(layout, num_blocks, shared=family == "shm")
+        self.target = HostKvMemory(target_layout or layout, num_blocks, shared=family == "shm")
+        self.lanes = [make_lanes(family, self.source, SENDER), make_lanes(family, self.target, RECEIVER)]
         self.random = np.random.default_rng(5)
         self.source.blocks[:] = self.random.integers(1, 256, self.source.blocks.shape, dtype=np.uint8)
         self.clock = ManualClock()
@@ -67,13 +88,18 @@ class KvPair:
             worker_id=SENDER[0],
             incarnation=SENDER[1],
             secret=SECRET,
-            listen=["tcp://127.0.0.1:0" if family == "tcp" else f"unix://{folder}/kv.sock"],
+            listen=[f"unix://{folder}/kv.sock" if family in ON_UNIX_SOCKETS else "tcp://127.0.0.1:0"],
+            lanes=self.lanes[0],
             max_connections=max_connections,
             handshake_timeout_s=handshake_timeout_s,
         )
         self.endpoints: Sequence[str] = self.server.start()
         self.client = KvClient(
-            self.target, worker_id=RECEIVER[0], incarnation=RECEIVER[1], max_concurrent=max_concurrent
+            self.target,
+            worker_id=RECEIVER[0],
+            incarnation=RECEIVER[1],
+            lanes=self.lanes[1],
+            max_concurrent=max_concurrent,
         )
 
     async def __aenter__(self) -> KvPair:
@@ -82,6 +108,12 @@ class KvPair:
     async def __aexit__(self, *_: object) -> None:
         await self.client.close()
         await asyncio.to_thread(self.server.close)
+        for lanes in self.lanes:
+            lanes.close()
+
+    def proxy(self, tamper: Tamper) -> FaultProxy:
+        """Between the two; it has to be entered, and its endpoint asked for."""
+        return FaultProxy(self.endpoints[0], tamper, folder=self.folder if self.family == "shm" else None)
 
     # ------------------------------------------------------------------------------------- leases
 

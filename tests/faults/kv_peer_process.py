@@ -12,6 +12,9 @@ import sys
 import time
 from typing import Any
 
+import structlog
+from kv_pair import make_lanes
+
 from shared.core.types import KvLayout, RoundKey, Segment
 from shared.errors import KvTransferError
 from shared.transport.client import KvClient, PullRequest
@@ -26,8 +29,10 @@ def say(**message: Any) -> None:
 
 def send(options: dict[str, Any]) -> None:
     layout = KvLayout(**options["layout"])
-    memory = HostKvMemory(layout, options["num_blocks"])
+    family, worker = options["family"], (options["worker_id"], options["incarnation"])
+    memory = HostKvMemory(layout, options["num_blocks"], shared=family == "shm")
     memory.blocks.fill(9)
+    lanes = make_lanes(family, memory, worker)
     leases = LeaseTable(time.monotonic)
     server = KvServer(
         memory,
@@ -36,6 +41,7 @@ def send(options: dict[str, Any]) -> None:
         incarnation=options["incarnation"],
         secret=options["secret"].encode(),
         listen=[options["listen"]],
+        lanes=lanes,
     )
     endpoints = server.start()
     num_tokens = options["num_blocks"] * layout.block_size
@@ -53,11 +59,14 @@ def send(options: dict[str, Any]) -> None:
     say(endpoints=endpoints, lease_id=lease.lease_id, generation=lease.generation, num_tokens=num_tokens)
     sys.stdin.readline()
     server.close()
+    lanes.close()
 
 
 async def receive(options: dict[str, Any]) -> None:
-    memory = HostKvMemory(KvLayout(**options["layout"]), options["num_blocks"])
-    client = KvClient(memory, worker_id=options["worker_id"], incarnation=options["incarnation"])
+    family, worker = options["family"], (options["worker_id"], options["incarnation"])
+    memory = HostKvMemory(KvLayout(**options["layout"]), options["num_blocks"], shared=family == "shm")
+    lanes = make_lanes(family, memory, worker)
+    client = KvClient(memory, worker_id=worker[0], incarnation=worker[1], lanes=lanes)
     held = False
 
     def hold(segment: Segment) -> None:
@@ -75,9 +84,11 @@ async def receive(options: dict[str, Any]) -> None:
     except KvTransferError as error:
         say(result=error.code.value)
     await client.close()
+    lanes.close()
 
 
 if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     if sys.argv[1] == "sender":
         send(json.loads(sys.argv[2]))
     else:

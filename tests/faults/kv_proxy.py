@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
+from pathlib import Path
 from types import TracebackType
 
 from shared.transport.endpoints import parse_endpoint
-from shared.transport.protocol import HEADER, Frame, decode_header
+from shared.transport.protocol import HEADER, Frame, FrameKind, decode_header
 
 
 class Fault(Enum):
@@ -23,13 +25,25 @@ class Fault(Enum):
 Tamper = Callable[[int, Frame, bytes], Iterable[bytes | Fault]]
 
 
-class FaultProxy:
-    """Listens on TCP and forwards to `target`. Each frame from the sender goes through tamper(number, frame, raw),
-    which gives what is forwarded instead: bytes, and faults. number 0 is the connection's WELCOME."""
+def is_payload(frame: Frame) -> bool:
+    """Whether it carries KV, or says where KV lies."""
+    return frame.kind in (FrameKind.SEGMENT, FrameKind.RANGES)
 
-    def __init__(self, target: str, tamper: Tamper) -> None:
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    header = await reader.readexactly(HEADER.size)
+    return header + await reader.readexactly(decode_header(header).length)
+
+
+class FaultProxy:
+    """Listens on TCP, or in `folder` on a Unix socket that also passes on the descriptor that follows a WELCOME, and
+    forwards to `target`. Each frame from the sender goes through tamper(number, frame, raw), which gives what is
+    forwarded instead: bytes, and faults. number 0 is the connection's WELCOME."""
+
+    def __init__(self, target: str, tamper: Tamper, *, folder: Path | None = None) -> None:
         self.target = parse_endpoint(target)
         self.tamper = tamper
+        self.folder = folder
         self.endpoint = ""
         self.frames: list[Frame] = []  # from the sender, as they were
         self.num_faults = 0
@@ -40,8 +54,13 @@ class FaultProxy:
         self._ended = asyncio.Event()
 
     async def __aenter__(self) -> FaultProxy:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.endpoint = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        if self.folder is not None:
+            path = self.folder / "proxy.sock"
+            self._server = await asyncio.start_unix_server(self._connected, path)
+            self.endpoint = f"unix://{path}"
+        else:
+            self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+            self.endpoint = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(
@@ -63,20 +82,43 @@ class FaultProxy:
         assert task is not None
         self._tasks.append(task)
         self._writers.append(writer)
-        if self.target.path:
-            upstream_reader, upstream = await asyncio.open_unix_connection(self.target.path)
-        else:
-            upstream_reader, upstream = await asyncio.open_connection(self.target.host, self.target.port)
+        sock = await asyncio.to_thread(self._dial)
+        descriptor = -1
+        greeting: tuple[bytes, bytes] | None = None
+        if self.folder is not None:
+            with suppress(asyncio.IncompleteReadError):
+                hello = await read_frame(reader)
+                greeting, descriptor = await asyncio.to_thread(self._greet, sock, hello)
+        upstream_reader, upstream = await (
+            asyncio.open_unix_connection(sock=sock) if self.target.path else asyncio.open_connection(sock=sock)
+        )
         self._writers.append(upstream)
         upward = asyncio.ensure_future(self._forward(reader, upstream))
         with suppress(ConnectionError, asyncio.IncompleteReadError):
-            await self._forward_frames(upstream_reader, writer)
+            await self._forward_frames(upstream_reader, writer, greeting, descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
         upward.cancel()
         for end in (writer, upstream):
             end.transport.abort()
             with suppress(ConnectionError):
                 await end.wait_closed()
         await asyncio.gather(upward, return_exceptions=True)
+
+    def _dial(self) -> socket.socket:
+        if self.target.path:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(self.target.path)
+            return sock
+        return socket.create_connection((self.target.host, self.target.port))
+
+    def _greet(self, sock: socket.socket, hello: bytes) -> tuple[tuple[bytes, bytes], int]:
+        """The sender's WELCOME as (header, body), and the descriptor behind it."""
+        sock.sendall(hello)
+        header = sock.recv(HEADER.size, socket.MSG_WAITALL)
+        body = sock.recv(decode_header(header).length, socket.MSG_WAITALL)
+        _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+        return (header, body), descriptors[0]
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):  # a reset is an end as well
@@ -85,12 +127,17 @@ class FaultProxy:
                 await writer.drain()
         writer.close()  # the receiver has closed: the sender is to see it
 
-    async def _forward_frames(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward_frames(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        greeting: tuple[bytes, bytes] | None,
+        descriptor: int,
+    ) -> None:
         number = 0
         while True:
-            header = await reader.readexactly(HEADER.size)
-            frame = decode_header(header)
-            raw = header + await reader.readexactly(frame.length)
+            raw = b"".join(greeting) if greeting is not None else await read_frame(reader)
+            frame = decode_header(raw[: HEADER.size])
             forwarded = b""
             for piece in self.tamper(number, frame, raw):
                 if isinstance(piece, Fault):
@@ -102,6 +149,11 @@ class FaultProxy:
                 forwarded += piece
             if forwarded != raw:
                 self._note_fault()
+            if greeting is not None:
+                end = writer.get_extra_info("socket")
+                with socket.socket(end.family, end.type, fileno=os.dup(end.fileno())) as duplicate:
+                    socket.send_fds(duplicate, [b"d"], [descriptor])
+                greeting = None
             async with self.seen:
                 self.frames.append(frame)
                 self.seen.notify_all()

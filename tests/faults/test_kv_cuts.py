@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from kv_pair import LARGE, SMALL, KvPair
-from kv_proxy import Fault, FaultProxy, Tamper
+from kv_proxy import Fault, Tamper, is_payload
 
 from shared.core.types import Segment
 from shared.errors import ErrorCode
@@ -17,23 +17,23 @@ from shared.transport.protocol import HEADER, Frame, FrameKind, LeaseId, encode_
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
-# where in which frame from the sender; the small transfer has one SEGMENT
-PLACES: dict[str, tuple[FrameKind, Callable[[bytes], int]]] = {
-    "byte 0 of the connection": (FrameKind.WELCOME, lambda raw: 0),
-    "in the header": (FrameKind.SEGMENT, lambda raw: HEADER.size // 2),
-    "before the payload": (FrameKind.SEGMENT, lambda raw: HEADER.size),
-    "half": (FrameKind.SEGMENT, lambda raw: len(raw) // 2),
-    "before the last byte": (FrameKind.SEGMENT, lambda raw: len(raw) - 1),
-    "before the trailer": (FrameKind.TRAILER, lambda raw: 0),
-    "in the trailer": (FrameKind.TRAILER, lambda raw: len(raw) - 1),
+# where in which frame from the sender; the small transfer has one of payload
+PLACES: dict[str, tuple[Callable[[Frame], bool], Callable[[bytes], int]]] = {
+    "byte 0 of the connection": (lambda frame: frame.kind is FrameKind.WELCOME, lambda raw: 0),
+    "in the header": (is_payload, lambda raw: HEADER.size // 2),
+    "before the payload": (is_payload, lambda raw: HEADER.size),
+    "half": (is_payload, lambda raw: len(raw) // 2),
+    "before the last byte": (is_payload, lambda raw: len(raw) - 1),
+    "before the trailer": (lambda frame: frame.kind is FrameKind.TRAILER, lambda raw: 0),
+    "in the trailer": (lambda frame: frame.kind is FrameKind.TRAILER, lambda raw: len(raw) - 1),
 }
 
 
 def fault_at(place: str, fault: Fault) -> Tamper:
-    kind, offset = PLACES[place]
+    is_there, offset = PLACES[place]
 
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
-        return [raw[: offset(raw)], fault] if frame.kind is kind else [raw]
+        return [raw[: offset(raw)], fault] if is_there(frame) else [raw]
 
     return tamper
 
@@ -43,13 +43,13 @@ def fault_at(place: str, fault: Fault) -> Tamper:
 async def test_a_broken_connection_fails_the_pull(family: str, tmp_path: Path, place: str, fault: Fault) -> None:
     async with KvPair(family, tmp_path) as pair:
         direct = pair.endpoints
-        async with FaultProxy(direct[0], fault_at(place, fault)) as proxy:
+        async with pair.proxy(fault_at(place, fault)) as proxy:
             pair.endpoints = [proxy.endpoint]
             lease = pair.grant(0, 40)
             error = await pair.pull_failure(pair.request(lease, progress_timeout_s=0.3))
             assert proxy.num_faults == 1
             assert error.code is ErrorCode.KV_TRANSFER_FAILED
-        if lease.end is None and PLACES[place][0] is FrameKind.WELCOME:  # it was never asked for
+        if lease.end is None and place == "byte 0 of the connection":  # it was never asked for
             assert pair.leases.release(lease.lease_id, lease.generation)
         else:
             assert await pair.ended(lease) is LeaseEnd.FAILED
@@ -64,7 +64,7 @@ async def test_a_break_in_the_middle_of_many_frames(family: str, tmp_path: Path,
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
         return [raw[: len(raw) // 2], fault] if number == 3 else [raw]
 
-    async with KvPair(family, tmp_path, layout=LARGE) as pair, FaultProxy(pair.endpoints[0], tamper) as proxy:
+    async with KvPair(family, tmp_path, layout=LARGE) as pair, pair.proxy(tamper) as proxy:
         pair.endpoints = [proxy.endpoint]
         lease = pair.grant(0, 40 * 16)
         error = await pair.pull_failure(pair.request(lease, progress_timeout_s=0.5))
@@ -77,9 +77,7 @@ async def test_a_break_in_the_middle_of_many_frames(family: str, tmp_path: Path,
 async def test_tiny_slices_change_nothing(family: str, tmp_path: Path, size: int) -> None:
     async with (
         KvPair(family, tmp_path) as pair,
-        FaultProxy(
-            pair.endpoints[0], lambda number, frame, raw: [raw[at : at + size] for at in range(0, len(raw), size)]
-        ) as proxy,
+        pair.proxy(lambda number, frame, raw: [raw[at : at + size] for at in range(0, len(raw), size)]) as proxy,
     ):
         pair.endpoints = [proxy.endpoint]
         lease = pair.grant(3, 11)
@@ -95,14 +93,14 @@ async def test_a_crawling_peer_is_ended_by_the_deadline(family: str, tmp_path: P
     crawling = asyncio.Event()
 
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
-        if frame.kind is not FrameKind.SEGMENT:
+        if not is_payload(frame):
             return [raw]
         crawling.set()
         return [raw[:100], Fault.STALL]
 
     async with KvPair(family, tmp_path) as pair:
         direct = pair.endpoints
-        async with FaultProxy(direct[0], tamper) as proxy:
+        async with pair.proxy(tamper) as proxy:
             pair.endpoints = [proxy.endpoint]
             pull = pair.client.start_pull(pair.request(pair.grant(0, 40), progress_timeout_s=60, deadline_s=1.0))
             await asyncio.wait_for(crawling.wait(), 30)
@@ -140,9 +138,9 @@ SEGMENT_CHANGES: dict[str, Callable[[Frame, bytes], bytes]] = {
 @pytest.mark.parametrize("change", SEGMENT_CHANGES)
 async def test_a_changed_frame_never_passes(family: str, tmp_path: Path, change: str) -> None:
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
-        return [SEGMENT_CHANGES[change](frame, raw) if frame.kind is FrameKind.SEGMENT else raw]
+        return [SEGMENT_CHANGES[change](frame, raw) if is_payload(frame) else raw]
 
-    async with KvPair(family, tmp_path) as pair, FaultProxy(pair.endpoints[0], tamper) as proxy:
+    async with KvPair(family, tmp_path) as pair, pair.proxy(tamper) as proxy:
         pair.endpoints = [proxy.endpoint]
         lease = pair.grant(4, 36)
         error = await pair.pull_failure(pair.request(lease, progress_timeout_s=0.5))
@@ -166,7 +164,7 @@ async def test_a_changed_trailer_never_passes(family: str, tmp_path: Path, chang
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
         return [TRAILER_CHANGES[change](frame, raw) if frame.kind is FrameKind.TRAILER else raw]
 
-    async with KvPair(family, tmp_path) as pair, FaultProxy(pair.endpoints[0], tamper) as proxy:
+    async with KvPair(family, tmp_path) as pair, pair.proxy(tamper) as proxy:
         pair.endpoints = [proxy.endpoint]
         lease = pair.grant(0, 8)
         error = await pair.pull_failure(pair.request(lease, progress_timeout_s=0.5))
@@ -180,12 +178,12 @@ async def test_frames_of_two_sessions_exchanged(family: str, tmp_path: Path) -> 
     first: list[bytes] = []
 
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
-        if frame.kind is not FrameKind.SEGMENT:
+        if not is_payload(frame):
             return [raw]
         first.append(raw)
         return [first[0]]
 
-    async with KvPair(family, tmp_path) as pair, FaultProxy(pair.endpoints[0], tamper) as proxy:
+    async with KvPair(family, tmp_path) as pair, pair.proxy(tamper) as proxy:
         pair.endpoints = [proxy.endpoint]
         mine, other = pair.grant(0, 8), pair.grant(0, 8)
         await pair.pull(pair.request(mine))
@@ -200,14 +198,16 @@ async def test_a_frame_outside_the_range_asked_for(family: str, tmp_path: Path) 
     """The source may not write where the receiver did not ask it to."""
 
     def tamper(number: int, frame: Frame, raw: bytes) -> Iterable[bytes | Fault]:
-        if frame.kind is not FrameKind.SEGMENT:
+        if not is_payload(frame):
             return [raw]
         outside = Segment(0, 3, 8, 12)
         length = outside.num_bytes(SMALL)
         lease = LeaseId(*frame.lease)
+        if frame.kind is FrameKind.RANGES:
+            return [encode_header(FrameKind.RANGES, lease, outside, frame.length) + raw[HEADER.size :]]
         return [encode_header(FrameKind.SEGMENT, lease, outside, length) + raw[HEADER.size :][:length]]
 
-    async with KvPair(family, tmp_path) as pair, FaultProxy(pair.endpoints[0], tamper) as proxy:
+    async with KvPair(family, tmp_path) as pair, pair.proxy(tamper) as proxy:
         pair.endpoints = [proxy.endpoint]
         await pair.pull_failure(pair.request(pair.grant(0, 8)))
         assert proxy.num_faults == 1

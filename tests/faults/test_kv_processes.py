@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from kv_pair import LARGE, RECEIVER, SECRET, SENDER, KvPair
+from kv_pair import LARGE, ON_UNIX_SOCKETS, RECEIVER, SECRET, SENDER, KvPair
 
 from shared.core.types import RoundKey
 from shared.errors import ErrorCode, KvTransferError
@@ -80,11 +80,17 @@ async def peer_process(role: str, **options: Any) -> AsyncIterator[Peer]:
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 async def test_a_sender_in_the_middle(family: str, tmp_path: Path, how: str) -> None:
     key = RoundKey("tenant", "session", 1, 1)
-    listen = "tcp://127.0.0.1:0" if family == "tcp" else f"unix://{tmp_path}/peer.sock"
+    listen = f"unix://{tmp_path}/peer.sock" if family in ON_UNIX_SOCKETS else "tcp://127.0.0.1:0"
     async with (
         KvPair(family, tmp_path, layout=LARGE, num_blocks=NUM_BLOCKS) as pair,
         peer_process(
-            "sender", worker_id=SENDER[0], incarnation=SENDER[1], secret=SECRET.decode(), listen=listen, key=key
+            "sender",
+            family=family,
+            worker_id=SENDER[0],
+            incarnation=SENDER[1],
+            secret=SECRET.decode(),
+            listen=listen,
+            key=key,
         ) as peer,
     ):
         offered = await peer.read()
@@ -128,7 +134,9 @@ async def test_a_receiver_in_the_middle(family: str, tmp_path: Path, how: str) -
             "token_stop": lease.token_stop,
             "progress_timeout_s": 1.0,
         }
-        async with peer_process("receiver", worker_id=RECEIVER[0], incarnation=RECEIVER[1], request=request) as peer:
+        async with peer_process(
+            "receiver", family=family, worker_id=RECEIVER[0], incarnation=RECEIVER[1], request=request
+        ) as peer:
             assert await peer.read() == {"arrived": True}
             await (peer.kill() if how == "killed" else peer.stop())
             assert await pair.ended(lease) is LeaseEnd.FAILED

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kv_pair import LARGE, KvPair
-from kv_proxy import FaultProxy
 
 from shared.core.types import Segment
 from shared.errors import ErrorCode
@@ -89,7 +88,7 @@ async def test_layers_travel_while_the_producer_computes(family: str, tmp_path: 
 
 async def test_a_slow_producer_is_not_a_stalled_peer(family: str, tmp_path: Path) -> None:
     """Keep-alive frames alone outlast the progress timeout."""
-    async with KvPair(family, tmp_path) as pair, FaultProxy(pair.endpoints[0], lambda n, frame, raw: [raw]) as proxy:
+    async with KvPair(family, tmp_path) as pair, pair.proxy(lambda n, frame, raw: [raw]) as proxy:
         pair.endpoints = [proxy.endpoint]
         lease = pair.grant(0, 8, complete=False)
         request = pair.request(lease, progress_timeout_s=0.4)  # the sender then says every 0.1 s that it lives

@@ -23,6 +23,7 @@ from shared.transport.memory import HostKvMemory
 from shared.transport.protocol import (
     HEADER,
     MAGIC,
+    MAX_CONTROL_BYTES,
     NO_LEASE,
     NO_SEGMENT,
     PROTOCOL_VERSION,
@@ -187,6 +188,7 @@ def hello_frame() -> bytes:
             layout=SMALL,
             peer_id="sender",
             peer_incarnation=11,
+            lanes=("stream", "shm", "nixl"),
         )
     )
     return encode_header(FrameKind.HELLO, NO_LEASE, NO_SEGMENT, len(body)) + body
@@ -201,7 +203,7 @@ GARBAGE: dict[str, bytes] = {
     "noise": bytes(range(256)) * 8,
     "an unknown kind": lying_header(200, 0),
     "a body of 16 EiB": lying_header(FrameKind.HELLO, 2**64 - 1),
-    "a body just over the limit": lying_header(FrameKind.HELLO, 4097),
+    "a body just over the limit": lying_header(FrameKind.HELLO, MAX_CONTROL_BYTES + 1),
     "a hello that is no MessagePack": lying_header(FrameKind.HELLO, 100) + b"\xc1" * 100,
     "a deeply nested hello": lying_header(FrameKind.HELLO, 4096) + b"\x91" * 4096,
     "a pull before the hello": lying_header(FrameKind.PULL, 0),

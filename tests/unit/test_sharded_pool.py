@@ -21,6 +21,7 @@ from shared.errors import AmpdError, KvTransferError
 from shared.transport.client import KvClient, PullRequest
 from shared.transport.leases import LeaseTable
 from shared.transport.protocol import CHUNK_BYTES, KvMemory
+from shared.transport.region import allocate_region
 from shared.transport.server import KvServer
 from shared.transport.tickets import TicketClaims, mint
 
@@ -32,8 +33,11 @@ SECRET = b"the ticket secret of these tests"
 def make_sharded(layout: KvLayout, num_blocks: int, num_ranks: int) -> tuple[ShardedKvPool, list[torch.Tensor]]:
     """The pool, and of each rank what it computes with: [num_blocks, layers, 2, block_size, its heads, head_dim]."""
     shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads // num_ranks, layout.head_dim)
-    shards = [torch.zeros(shape) for _ in range(num_ranks)]
-    return ShardedKvPool(layout, num_blocks, [shard.view(-1) for shard in shards]), shards
+    regions = [
+        allocate_region(num_blocks * layout.bytes_per_block // num_ranks, shared=False) for _ in range(num_ranks)
+    ]
+    pool = ShardedKvPool(layout, num_blocks, regions)
+    return pool, [torch.frombuffer(region.data, dtype=torch.float32).view(shape) for region in regions]
 
 
 def filled_pair(num_ranks: int) -> tuple[KvPool, ShardedKvPool, list[torch.Tensor]]:

@@ -91,6 +91,7 @@ def test_a_layout_mismatch_says_what_differs() -> None:
             layout=layout,
             peer_id="w",
             peer_incarnation=1,
+            lanes=("stream",),
         )
 
     check_peer(hello(LAYOUT), hello(LAYOUT))
