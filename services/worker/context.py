@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from services.worker.kv_changes import KvChanges
 from services.worker.outbox import Outbox
 from services.worker.streams import StreamPublisher
@@ -24,6 +26,8 @@ from shared.text import TextCodec
 from shared.transport.client import KvClient
 from shared.transport.leases import LeaseTable
 from shared.transport.receiver import PullResult
+
+log = structlog.get_logger(__name__)
 
 MAX_TTFT_SAMPLES = 4_096  # of a window
 MAX_ITL_SAMPLES = 16_384
@@ -86,7 +90,19 @@ class WorkerContext:
         self.tasks.add(task)
         return task
 
-    def observe_pull(self, result: PullResult) -> None:
+    def observe_pull(self, result: PullResult, purpose: str, session: str, round_index: int) -> None:
+        """purpose: history, increment, move or staging. `end_s`: of the clock that a host's processes share."""
+        log.debug(
+            "kv_pulled",
+            purpose=purpose,
+            session=session,
+            round=round_index,
+            end_s=self.clock(),
+            wall_s=result.wall_s,
+            waiting_s=result.waiting_s,
+            num_bytes=result.num_bytes,
+            lane=result.lane,
+        )
         self.kv_pulled[result.lane] += result.num_bytes
         active_s = result.wall_s - result.waiting_s
         if active_s > 0 and result.num_bytes > 0:

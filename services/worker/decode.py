@@ -291,7 +291,7 @@ class DecodeRole:
                 self._fail(run, error)
             return
         run.pulled_at = self._context.clock()
-        self._context.observe_pull(run.pulled)
+        self._context.observe_pull(run.pulled, "increment", run.message.session, run.message.round)
         self._decode_if_complete(run)
 
     def _decode_if_complete(self, run: Run) -> None:

@@ -32,7 +32,7 @@ async def fetch_history(context: WorkerContext, run: Run) -> None:
             log.warning("move_failed", session=run.message.session, round=run.message.round, error=str(error))
     else:
         if run.is_waiting:
-            context.observe_pull(result)
+            context.observe_pull(result, "move", run.message.session, run.message.round)
             run.fetched = result
             kv.num_kv = run.num_fetch_tokens
     if run.is_waiting:

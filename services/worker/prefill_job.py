@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import structlog
+
 from services.worker.context import WorkerContext
 from services.worker.kv_leases import describe_source
 from services.worker.residents import count_common_tokens
@@ -18,6 +20,8 @@ from shared.messages import ErrorReply, KvOffer, PrefillDone, PrefillEnded, Pref
 from shared.transport.client import Pull
 from shared.transport.leases import Lease, LeaseEnd
 from shared.transport.receiver import PullRequest
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -159,7 +163,7 @@ class PrefillSteps:
             )
         )
         result = await job.pull.wait()
-        self._context.observe_pull(result)
+        self._context.observe_pull(result, "history", job.message.session, job.message.round)
         job.pulled = True
         job.kv_bytes_read = result.num_bytes
         kv.num_kv = job.message.num_cached_tokens
@@ -223,6 +227,15 @@ class PrefillSteps:
     def _take_first_token(self, job: PrefillJob, sequence: Sequence, token: int) -> None:
         self._engine.finish(sequence)
         job.compute_ended_at = self._context.clock()
+        log.debug(
+            "prefilled",
+            session=job.message.session,
+            round=job.message.round,
+            start_s=job.compute_started_at,
+            end_s=job.compute_ended_at,
+            num_new_tokens=job.num_new_tokens,
+            num_history_tokens=job.num_history_tokens,
+        )
         if not job.first_token.done():
             job.first_token.set_result(token)
 

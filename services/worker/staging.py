@@ -136,7 +136,7 @@ class KvStaging:
         except KvTransferError as transfer_error:
             error = transfer_error
         else:
-            self._context.observe_pull(result)
+            self._context.observe_pull(result, "staging", message.session, 0)
             num_bytes = result.num_bytes
             kv.num_kv = message.num_tokens
             kv.tokens, kv.tokens_base, kv.checksum = array("i"), message.num_tokens, message.checksum

@@ -225,8 +225,10 @@ class Channel:
     # ----------------------------------------------------------------------------------------- end
 
     def has_data(self) -> bool:
-        """Whether the next receive would not wait."""
-        return bool(select.select([self.sock], (), (), 0)[0])
+        """Whether the next receive would not wait: bytes, or the end."""
+        poll = select.poll()  # select() would not take descriptors from 1,024 on
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def description(self) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from shared.core.types import Segment
+from shared.core.types import KvLayout, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
 from shared.transport.protocol import Digest, KvMemory
@@ -49,6 +49,7 @@ class RemotePool(Protocol):
     """The pool of a peer, as its receivers read it; any number of threads."""
 
     num_bytes: int
+    max_frame_bytes: int  # that can be read at once
     description: str  # of the way the bytes take: for the log and the status
 
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> Reading | None:
@@ -64,6 +65,11 @@ class Lane(Protocol):
 
     name: str
     memory: OneSidedMemory
+    chunk_bytes: int  # of a frame's payload, unless one block of one layer is larger
+
+    def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
+        """Sender: of a frame's bytes, in the pool, what its receiver adds when it has them."""
+        ...
 
     def suits(self, channel: Channel) -> bool: ...
 
@@ -84,6 +90,11 @@ class Lane(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def count_frame_bytes(layout: KvLayout, chunk_bytes: int) -> int:
+    """Of the largest frame (see split_segment): a chunk, or one block of one layer if that is more."""
+    return max(chunk_bytes, 2 * layout.slot_bytes * layout.block_size)
 
 
 class Lanes:

@@ -4,9 +4,9 @@ That is CMA within a host, RDMA or TCP between hosts; on GPUs cuda_ipc and GPUDi
 memory: device pools are to come.
 
 A NIXL read cannot be stopped: one that is given up may still write long afterwards. So reads go into slots of this
-worker, and from there into the blocks; a slot whose read is given up is in quarantine until the read has ended. The
-agent has no progress thread, which would spin: whoever waits for a read moves it on, and a sender, without whose help a
-read over TCP does not go on, does so while it serves one.
+worker, and from there into the blocks; a slot whose read is given up is in quarantine until the read has ended. NIXL's
+own progress thread would spin. Ours sleeps when there is nothing to read or to serve (a read over TCP does not go on
+without its sender's help), and while a pull's thread copies one frame out of its slot it reads the next.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -23,20 +24,20 @@ import numpy as np
 import structlog
 
 from shared.errors import AmpdError, ErrorCode, KvTransferError
-from shared.transport.channel import Channel
-from shared.transport.lanes import OneSidedMemory
+from shared.transport.channel import PIECE_BYTES, Channel
+from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Read, read_ucx_lanes
 from shared.transport.protocol import CHUNK_BYTES, Digest
 from shared.transport.ranges import ByteRange
 from shared.transport.region import allocate_region
-from shared.transport.shm_lane import Copying
+from shared.transport.shm_lane import pair_pieces
 
 log = structlog.get_logger(__name__)
 
 NUM_SLOTS = 16
 POLL_S = 50e-6
-SLOW_POLL_S = 500e-6  # when a read takes longer than SLOW_S
-SLOW_S = 0.05
+WAKE_S = 0.02  # how often who waits for a read looks whether it has to stop
+LINGER_S = 1.0  # of progress after a pull that failed
 MAX_CLOSE_S = 2.0
 
 
@@ -52,6 +53,7 @@ class NixlLane:
     """See Lane. Raises AmpdError INVALID_REQUEST if NIXL is not there, or the pool is not in host memory."""
 
     name = "nixl"
+    chunk_bytes = CHUNK_BYTES
 
     def __init__(self, memory: OneSidedMemory, worker_id: str) -> None:
         if memory.region is None:
@@ -60,11 +62,10 @@ class NixlLane:
         layout = memory.layout
         self._region = memory.region
         self._block_bytes = layout.bytes_per_block
-        # a frame has CHUNK_BYTES, or one block of one layer if that is more
-        self.slot_bytes = max(CHUNK_BYTES, 2 * layout.slot_bytes * layout.block_size)
+        self.slot_bytes = count_frame_bytes(layout, self.chunk_bytes)
         self._slots_region = allocate_region(NUM_SLOTS * self.slot_bytes, shared=False)
-        self._slots = np.frombuffer(self._slots_region.data, dtype=np.uint8).reshape(NUM_SLOTS, self.slot_bytes)
-        self._slots.fill(0)
+        self.slots = np.frombuffer(self._slots_region.data, dtype=np.uint8).reshape(NUM_SLOTS, self.slot_bytes)
+        self.slots.fill(0)
         self.agent = NixlAgent(f"{worker_id}:{secrets.token_hex(4)}")
         self._registered = [
             self.agent.register(region.address, region.data.nbytes) for region in (self._region, self._slots_region)
@@ -73,13 +74,16 @@ class NixlLane:
             _PoolBody(self.agent.metadata, self._region.address, self._region.data.nbytes)
         )
         self._slot_blocks = self._prepare_slots()
-        self._lock = threading.Condition()
+        self._changed = threading.Condition()
         self._free = list(range(NUM_SLOTS))
-        self._given_up: list[NixlReading] = []  # in quarantine
+        self._to_begin: deque[NixlReading] = deque()
+        self._begun: list[NixlReading] = []
         self._pools: weakref.WeakValueDictionary[bytes, NixlPool] = weakref.WeakValueDictionary()
         self._num_serving = 0
-        self._progress: threading.Thread | None = None
+        self._linger_until = 0.0
         self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"kv-nixl:{worker_id}", daemon=True)
+        self._thread.start()
 
     def _prepare_slots(self) -> Blocks | None:
         """Those that begin at multiples of a block's bytes within each slot; None: no whole block fits into one."""
@@ -99,31 +103,24 @@ class NixlLane:
     def hand_over(self, channel: Channel) -> None:
         """All has been told."""
 
+    def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
+        for view in views:
+            digest.update(view)
+
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        with self._lock:
+        with self._changed:
             self._num_serving += 1
-            if self._progress is None:
-                name = f"kv-nixl:{self.agent.name}"
-                self._progress = threading.Thread(target=self._make_progress, name=name, daemon=True)
-                self._progress.start()
-            self._lock.notify_all()
+            self._changed.notify_all()
         try:
             yield
+        except BaseException:
+            with self._changed:  # reads that its receiver has given up are to end there
+                self._linger_until = time.monotonic() + LINGER_S
+            raise
         finally:
-            with self._lock:
+            with self._changed:
                 self._num_serving -= 1
-
-    def _make_progress(self) -> None:
-        """While a peer may read: a read over TCP is answered from here."""
-        while True:
-            with self._lock:
-                self._lock.wait_for(lambda: self._closed or self._num_serving > 0)
-                if self._closed:
-                    return
-            with contextlib.suppress(NixlError):  # a peer that is gone: its connection here says so too
-                self.agent.progress()
-            time.sleep(POLL_S)
 
     # --------------------------------------------------------------------------------- as receiver
 
@@ -132,7 +129,7 @@ class NixlLane:
             body = msgspec.msgpack.decode(description, type=_PoolBody)
         except msgspec.DecodeError as error:
             raise AmpdError(ErrorCode.MALFORMED_MESSAGE, f"bad description of a pool: {error}") from error
-        with self._lock:
+        with self._changed:
             pool = self._pools.get(body.agent)
             if pool is None:
                 try:
@@ -147,39 +144,29 @@ class NixlLane:
                 self._pools[body.agent] = pool
         return pool
 
-    def take_slot(self, check: Callable[[], None], *, wait: bool) -> int | None:
-        """None: all are in use, and `wait` is false."""
+    def submit(
+        self, pool: NixlPool, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool
+    ) -> NixlReading | None:
+        """A read that the lane's thread begins. None: all slots are in use, and `wait` is false."""
         while True:
-            with self._lock:
-                self._sweep()
-                if self._free:
-                    return self._free.pop()
+            with self._changed:
+                if self._free and not self._closed:
+                    reading = NixlReading(self, pool, ranges, self._free.pop(), check)
+                    self._to_begin.append(reading)
+                    self._changed.notify_all()
+                    return reading
                 if not wait:
                     return None
-                self._lock.wait(SLOW_POLL_S)
+                self._changed.wait(WAKE_S)
             check()
 
     def give_back(self, slot: int) -> None:
-        with self._lock:
+        with self._changed:
             self._free.append(slot)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
-    def quarantine(self, reading: NixlReading) -> None:
-        with self._lock:
-            self._given_up.append(reading)
-
-    def _sweep(self) -> None:
-        """Slots of given up reads that have ended since."""
-        ended = [reading for reading in self._given_up if reading.has_ended()]
-        for reading in ended:
-            self._given_up.remove(reading)
-            self._free.append(reading.slot)
-
-    def view_slot(self, slot: int, num_bytes: int) -> Copying:
-        return Copying([self._slots[slot, :num_bytes]])
-
-    def post(self, pool: NixlPool, ranges: Sequence[ByteRange], slot: int) -> Read:
-        """Begin to read into the slot. Raises NixlError."""
+    def begin(self, pool: NixlPool, ranges: Sequence[ByteRange], slot: int) -> Read:
+        """Raises NixlError."""
         step = self._block_bytes
         if self._slot_blocks is not None and all(start % step == stop % step == 0 for start, stop in ranges):
             which = [block for start, stop in ranges for block in range(start // step, stop // step)]
@@ -188,26 +175,46 @@ class NixlLane:
         sources = [(pool.address + start, stop - start) for start, stop in ranges]
         return self.agent.read_ranges(pool.agent_name, sources, self._slots_region.address + slot * self.slot_bytes)
 
+    # ------------------------------------------------------------------------------ the lane's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._is_serving() or self._to_begin or self._begun)
+                if self._closed and not self._begun:
+                    return
+                beginning = list(self._to_begin)
+                self._to_begin.clear()
+            for reading in beginning:
+                if reading.start():
+                    self._begun.append(reading)
+            ended = [reading for reading in self._begun if reading.has_ended()]
+            self._begun = [reading for reading in self._begun if reading not in ended]
+            if not self._begun and self._is_serving():
+                with contextlib.suppress(NixlError):  # a peer that is gone: its connection here says so too
+                    self.agent.progress()
+            if not ended:
+                time.sleep(POLL_S)
+
+    def _is_serving(self) -> bool:
+        return self._num_serving > 0 or time.monotonic() < self._linger_until
+
+    @property
+    def num_free_slots(self) -> int:
+        with self._changed:
+            return len(self._free)
+
     # ----------------------------------------------------------------------------------------- end
 
     def close(self) -> None:
         """Waits for given up reads, at most MAX_CLOSE_S; what then still runs keeps its memory for good."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-            self._lock.notify_all()
-        if self._progress is not None:
-            self._progress.join()
-        until = time.monotonic() + MAX_CLOSE_S
-        while time.monotonic() < until:
-            with self._lock:
-                self._sweep()
-                if not self._given_up:
-                    break
-            time.sleep(SLOW_POLL_S)
-        if self._given_up:
-            log.warning("nixl_reads_never_ended", count=len(self._given_up))
-            _KEPT.append(self)
-            return
+            self._changed.notify_all()
+        self._thread.join(MAX_CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("nixl_reads_never_ended", count=len(self._begun))
+            return  # the thread keeps everything that they write to
         for pool in list(self._pools.values()):
             pool.forget()
         if self._slot_blocks is not None:
@@ -216,9 +223,6 @@ class NixlLane:
         for registered in self._registered:
             self.agent.deregister(registered)
         self.agent.close()
-
-
-_KEPT: list[NixlLane] = []  # closed while reads into their slots ran
 
 
 def _forget_peer(agent: NixlAgent, name: str, blocks: Blocks) -> None:
@@ -235,6 +239,7 @@ class NixlPool:
         self.agent_name = agent_name
         self.address = body.address
         self.num_bytes = body.num_bytes
+        self.max_frame_bytes = lane.slot_bytes
         self.description = "nixl"
         self._blocks: Blocks | None = blocks
         self._forget = weakref.finalize(self, _forget_peer, lane.agent, agent_name, blocks)
@@ -250,15 +255,7 @@ class NixlPool:
         self._blocks = None
 
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> NixlReading | None:
-        slot = self._lane.take_slot(check, wait=wait)
-        if slot is None:
-            return None
-        try:
-            read = self._lane.post(self, ranges, slot)
-        except NixlError as error:
-            self._lane.give_back(slot)
-            raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl refused to read: {error}") from error
-        return NixlReading(self._lane, self, read, slot, sum(stop - start for start, stop in ranges), check)
+        return self._lane.submit(self, ranges, check, wait=wait)
 
     def note_lanes(self) -> None:
         """After the first read: UCX has chosen by then."""
@@ -268,50 +265,77 @@ class NixlPool:
 
 
 class NixlReading:
-    """See Reading."""
+    """See Reading. Begun and watched by the lane's thread, waited for by its pull's."""
 
     def __init__(
-        self, lane: NixlLane, pool: NixlPool, read: Read, slot: int, num_bytes: int, check: Callable[[], None]
+        self, lane: NixlLane, pool: NixlPool, ranges: Sequence[ByteRange], slot: int, check: Callable[[], None]
     ) -> None:
         self._lane = lane
         self._pool = pool  # kept: NIXL must know the peer while it reads
-        self._read: Read | None = read  # None: ended
-        self._failure = ""
-        self.slot = slot
-        self._num_bytes = num_bytes
+        self._ranges = ranges
+        self._slot = slot
         self._check = check
+        self._read: Read | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._failure = ""
+        self._is_wanted = True
 
-    def finish(self, views: Sequence[memoryview], digest: Digest) -> None:
-        started_at = time.monotonic()
+    # the lane's thread
+
+    def start(self) -> bool:
+        """Whether it runs."""
         try:
-            while not self.has_ended():
-                self._check()
-                time.sleep(POLL_S if time.monotonic() - started_at < SLOW_S else SLOW_POLL_S)
-        except BaseException:
-            self._lane.quarantine(self)
-            raise
-        try:
-            if self._failure:
-                raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
-            self._lane.view_slot(self.slot, self._num_bytes).finish(views, digest)
-        finally:
-            self._lane.give_back(self.slot)
-        self._pool.note_lanes()
+            self._read = self._lane.begin(self._pool, self._ranges, self._slot)
+        except NixlError as error:
+            self._end(str(error))
+            return False
+        return True
 
     def has_ended(self) -> bool:
         """Whether nothing writes into the slot any more."""
-        if self._read is None:
-            return True
-        agent = self._lane.agent
+        assert self._read is not None
+        failure = ""
         try:
-            if not agent.has_ended(self._read):
+            if not self._lane.agent.has_ended(self._read):
                 return False
         except NixlError as error:
-            self._failure = str(error)
-        read, self._read = self._read, None
+            failure = str(error)
         with contextlib.suppress(NixlError):
-            agent.forget(read)
+            self._lane.agent.forget(self._read)
+        self._read = None
+        self._end(failure)
         return True
 
+    def _end(self, failure: str) -> None:
+        with self._lock:
+            self._failure = failure
+            self._ended.set()
+            if self._is_wanted:
+                return
+        self._lane.give_back(self._slot)  # out of quarantine
+
+    # the pull's thread
+
+    def finish(self, views: Sequence[memoryview], digest: Digest) -> None:
+        try:
+            while not self._ended.wait(WAKE_S):
+                self._check()
+            if self._failure:
+                raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
+            source = self._lane.slots[self._slot, : sum(stop - start for start, stop in self._ranges)]
+            targets = [np.frombuffer(view, dtype=np.uint8) for view in views]
+            for target, piece in pair_pieces(targets, [source], PIECE_BYTES):  # digested while it is in the cache
+                np.copyto(target, piece)
+                digest.update(target.data)
+        finally:
+            self.abandon()
+        self._pool.note_lanes()
+
     def abandon(self) -> None:
-        self._lane.quarantine(self)
+        """The slot is free again once nothing writes into it."""
+        with self._lock:
+            self._is_wanted = False
+            if not self._ended.is_set():
+                return
+        self._lane.give_back(self._slot)

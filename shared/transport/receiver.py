@@ -193,14 +193,23 @@ class _Incoming:
         """Begin to read these, and finish the ones before."""
         segment, layout = frame.segment, self._memory.layout
         _add(self.coverage, segment)
+        if segment.num_bytes(layout) > pool.max_frame_bytes:
+            raise KvTransferError(
+                ErrorCode.KV_TRANSFER_FAILED, f"RANGES of {segment.num_bytes(layout)} bytes: too many"
+            )
         check_ranges_length(frame.length, segment, layout)
         body = bytearray(frame.length)
         self._channel.receive_into([memoryview(body)])
         ranges = decode_ranges(body, segment.num_bytes(layout), pool.num_bytes)
         started_at = time.monotonic()
         reading = pool.begin(ranges, lambda: self._check(started_at), wait=self._reading is None)
-        if self._reading is not None:
-            self._finish_reading()
+        try:
+            if self._reading is not None:
+                self._finish_reading()
+        except BaseException:
+            if reading is not None:
+                reading.abandon()
+            raise
         if reading is None:
             reading = pool.begin(ranges, lambda: self._check(started_at), wait=True)
         assert reading is not None

@@ -12,10 +12,11 @@ from typing import Protocol
 
 from shared.core.types import KvLayout, Segment
 from shared.errors import AmpdError, ErrorCode
-from shared.transport.channel import Channel, ConnectionLost, cut_into_pieces
-from shared.transport.lanes import OneSidedMemory
+from shared.transport.channel import Channel, ConnectionLost
+from shared.transport.lanes import Lane
 from shared.transport.leases import Lease, Publication
 from shared.transport.protocol import (
+    CHUNK_BYTES,
     Digest,
     FrameKind,
     KvMemory,
@@ -34,6 +35,7 @@ MAX_UNCOPIED_FRAMES = 4  # of a one-sided lane; what a receiver may still read o
 class SegmentSender(Protocol):
     digest: Digest
     num_bytes: int  # of payload, so far
+    chunk_bytes: int  # of a frame, at most (see split_segment)
 
     def send(self, segment: Segment) -> None:
         """One frame. Raises ConnectionLost."""
@@ -46,6 +48,8 @@ class SegmentSender(Protocol):
 
 class StreamSender:
     """The payload goes into the connection."""
+
+    chunk_bytes = CHUNK_BYTES
 
     def __init__(self, channel: Channel, name: LeaseId, memory: KvMemory, lease: Lease) -> None:
         self.digest = Digest()
@@ -73,12 +77,14 @@ class StreamSender:
 class RangeSender:
     """The receiver is told where in the pool the payload lies, and says when it has it."""
 
-    def __init__(self, channel: Channel, name: LeaseId, memory: OneSidedMemory, lease: Lease) -> None:
+    def __init__(self, channel: Channel, name: LeaseId, lane: Lane, lease: Lease) -> None:
         self.digest = Digest()
         self.num_bytes = 0
+        self.chunk_bytes = lane.chunk_bytes
         self._channel = channel
         self._name = name
-        self._memory = memory
+        self._lane = lane
+        self._memory = lane.memory
         self._lease = lease
         self._uncopied: deque[Segment] = deque()
 
@@ -90,9 +96,7 @@ class RangeSender:
         self._channel.send([memoryview(header + body)])
         self._uncopied.append(segment)
         self.digest.update(header + body)
-        for piece in cut_into_pieces(self._memory.segment_views(self._lease.block_table, segment)):
-            for view in piece:
-                self.digest.update(view)
+        self._lane.add_to_digest(self.digest, self._memory.segment_views(self._lease.block_table, segment))
         self.num_bytes += segment.num_bytes(self._memory.layout)
 
     def finish(self) -> None:
@@ -134,7 +138,7 @@ def send_lease(
             )
             if wanted.token_start >= wanted.token_stop:
                 continue  # the receiver has these
-            for segment in split_segment(wanted, layout):
+            for segment in split_segment(wanted, layout, sender.chunk_bytes):
                 lease.check()
                 sender.send(segment)
         sender.finish()

@@ -276,7 +276,7 @@ class KvServer:
         memory = self._memory
         sender: SegmentSender = StreamSender(channel, name, memory, lease)
         if lane is not None:
-            sender = RangeSender(channel, name, lane.memory, lease)
+            sender = RangeSender(channel, name, lane, lease)
         serving = lane.serving() if lane is not None else contextlib.nullcontext()
         keepalive_s = _clamp(body.keepalive_s, 0.01, KEEPALIVE_S)
         try:

@@ -2,6 +2,9 @@
 
 The memory file's descriptor goes over the Unix socket (SCM_RIGHTS) once a connection. A mapping lives as long as a
 connection to its owner does, so that a worker that is gone does not keep its memory.
+
+No wire is passed, so the digest is of a sample: a word of every page, enough to tell another block, or one that has
+been written to, from what was leased. A digest of every byte, at both ends, would cost twice what the copy does.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import AmpdError, ErrorCode
-from shared.transport.channel import PIECE_BYTES, Channel
-from shared.transport.lanes import OneSidedMemory
+from shared.transport.channel import Channel
+from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.protocol import Digest
 from shared.transport.ranges import ByteRange
 from shared.transport.region import map_to_read
 
 Bytes = npt.NDArray[np.uint8]
+SAMPLE_BYTES, STRIDE_BYTES = 8, 4096
 
 
 class ShmLane:
     """See Lane. Raises AmpdError INVALID_REQUEST for a pool that is not in shared memory."""
 
     name = "shm"
+    chunk_bytes = 32 << 20
 
     def __init__(self, memory: OneSidedMemory) -> None:
         if memory.region is None or not memory.region.is_shared:
@@ -40,6 +46,9 @@ class ShmLane:
         self._mapped: weakref.WeakValueDictionary[tuple[int, int], MappedPool] = (
             weakref.WeakValueDictionary()
         )  # by file
+
+    def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
+        add_sample(digest, [np.frombuffer(view, dtype=np.uint8) for view in views])
 
     def suits(self, channel: Channel) -> bool:
         return channel.sock.family == socket.AF_UNIX
@@ -57,7 +66,8 @@ class ShmLane:
             with self._lock:
                 pool = self._mapped.get((status.st_dev, status.st_ino))
                 if pool is None:
-                    pool = MappedPool(map_to_read(descriptor, int.from_bytes(description, "little")))
+                    data = map_to_read(descriptor, int.from_bytes(description, "little"))
+                    pool = MappedPool(data, count_frame_bytes(self.memory.layout, self.chunk_bytes))
                     self._mapped[status.st_dev, status.st_ino] = pool
             return pool
         finally:
@@ -76,9 +86,10 @@ class MappedPool:
 
     description = "shm"
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, max_frame_bytes: int) -> None:
         self._bytes = np.frombuffer(data, dtype=np.uint8)
         self.num_bytes = data.nbytes
+        self.max_frame_bytes = max_frame_bytes
 
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> Copying:
         return Copying([self._bytes[start:stop] for start, stop in ranges])
@@ -91,17 +102,19 @@ class Copying:
         self._sources = sources
 
     def finish(self, views: Sequence[memoryview], digest: Digest) -> None:
-        """In pieces that are digested while they are in the cache."""
-        for target, source in pair_pieces([np.frombuffer(view, dtype=np.uint8) for view in views], self._sources):
+        targets = [np.frombuffer(view, dtype=np.uint8) for view in views]
+        for target, source in pair_pieces(targets, self._sources):
             np.copyto(target, source)
-            digest.update(target.data)
+        add_sample(digest, targets)
 
     def abandon(self) -> None:
         """Nothing has begun."""
 
 
-def pair_pieces(targets: Sequence[Bytes], sources: Sequence[Bytes]) -> Iterator[tuple[Bytes, Bytes]]:
-    """Pieces of at most PIECE_BYTES, each contiguous on both sides, of two lists with equally many bytes."""
+def pair_pieces(
+    targets: Sequence[Bytes], sources: Sequence[Bytes], max_bytes: int = sys.maxsize
+) -> Iterator[tuple[Bytes, Bytes]]:
+    """Pieces of at most max_bytes, each contiguous on both sides, of two lists with equally many bytes."""
     remaining = iter(targets)
     target = next(remaining, None)
     used = 0
@@ -111,6 +124,23 @@ def pair_pieces(targets: Sequence[Bytes], sources: Sequence[Bytes]) -> Iterator[
             while target is not None and used == target.size:
                 target, used = next(remaining, None), 0
             assert target is not None, "both sides have as many bytes"
-            size = min(PIECE_BYTES, source.size - start, target.size - used)
+            size = min(max_bytes, source.size - start, target.size - used)
             yield target[used : used + size], source[start : start + size]
             start, used = start + size, used + size
+
+
+def add_sample(digest: Digest, pieces: Sequence[Bytes]) -> None:
+    """The first SAMPLE_BYTES of every STRIDE_BYTES of all the bytes, however they are cut into pieces."""
+    position = 0  # within a stride
+    for piece in pieces:
+        first = min(piece.size, -position % STRIDE_BYTES)
+        if position < SAMPLE_BYTES:
+            digest.update(piece[: min(first, SAMPLE_BYTES - position)].data)
+        whole = (piece.size - first) // STRIDE_BYTES
+        stop = first + whole * STRIDE_BYTES
+        if whole:
+            strides = piece[first:stop].reshape(whole, STRIDE_BYTES)
+            digest.update(np.ascontiguousarray(strides.view(np.uint64)[:, 0]).data)
+        rest = piece[stop:]
+        digest.update(rest[:SAMPLE_BYTES].data)
+        position = (position + piece.size) % STRIDE_BYTES

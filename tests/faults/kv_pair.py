@@ -19,6 +19,7 @@ from shared.transport.lanes import Lanes
 from shared.transport.leases import Lease, LeaseEnd, LeaseTable
 from shared.transport.memory import HostKvMemory
 from shared.transport.nixl_lane import NixlLane
+from shared.transport.protocol import CHUNK_BYTES
 from shared.transport.server import KvServer
 from shared.transport.shm_lane import ShmLane
 from shared.transport.tickets import TicketClaims, mint
@@ -36,7 +37,9 @@ def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int]) -> La
     """Of a worker that can do nothing else."""
     match family:
         case "shm":
-            return Lanes([ShmLane(memory)], streams=False)
+            lane = ShmLane(memory)
+            lane.chunk_bytes = CHUNK_BYTES  # as many frames as the others have
+            return Lanes([lane], streams=False)
         case "nixl":
             return Lanes([NixlLane(memory, worker[0])], streams=False)
         case _:

@@ -18,8 +18,10 @@ from kv_pair import make_lanes
 from shared.core.types import KvLayout, RoundKey, Segment
 from shared.errors import KvTransferError
 from shared.transport.client import KvClient, PullRequest
+from shared.transport.lanes import Lanes
 from shared.transport.leases import LeaseTable
 from shared.transport.memory import HostKvMemory
+from shared.transport.nixl_lane import NUM_SLOTS, NixlLane
 from shared.transport.server import KvServer
 
 
@@ -83,8 +85,23 @@ async def receive(options: dict[str, Any]) -> None:
         say(result="complete")
     except KvTransferError as error:
         say(result=error.code.value)
+    if "watch" in options:
+        watch_slots(memory, lanes)
     await client.close()
     lanes.close()
+
+
+def watch_slots(memory: HostKvMemory, lanes: Lanes) -> None:
+    """After a failed pull: the blocks are used for something else; when told to, wait for the slots in quarantine."""
+    memory.blocks.fill(3)
+    lane = lanes.find("nixl")
+    assert isinstance(lane, NixlLane)
+    say(quarantined=NUM_SLOTS - lane.num_free_slots)
+    sys.stdin.readline()
+    until = time.monotonic() + 20.0
+    while lane.num_free_slots < NUM_SLOTS and time.monotonic() < until:
+        time.sleep(0.01)
+    say(quarantined=NUM_SLOTS - lane.num_free_slots, untouched=bool((memory.blocks == 3).all()))
 
 
 if __name__ == "__main__":

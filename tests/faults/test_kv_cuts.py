@@ -212,3 +212,19 @@ async def test_a_frame_outside_the_range_asked_for(family: str, tmp_path: Path) 
         await pair.pull_failure(pair.request(pair.grant(0, 8)))
         assert proxy.num_faults == 1
         assert pair.target.blocks.max() == 0
+
+
+@pytest.mark.parametrize("family", ["shm", "nixl"], indirect=True)
+async def test_a_frame_larger_than_can_be_read_at_once(family: str, tmp_path: Path) -> None:
+    """A sender of another version, or one that means harm: nothing may be read beyond what there is room for."""
+    async with KvPair(family, tmp_path, layout=LARGE) as pair:
+        lane = pair.lanes[0].find(family)
+        assert lane is not None
+        lane.chunk_bytes *= 2
+        lease = pair.grant(0, 40 * 16)
+        error = await pair.pull_failure(pair.request(lease))
+        assert "too many" in error.message
+        assert await pair.ended(lease) is LeaseEnd.FAILED
+        assert pair.target.blocks.max() == 0
+        lane.chunk_bytes //= 2
+        await pair.assert_serves()

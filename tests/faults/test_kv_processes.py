@@ -59,7 +59,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer_process(role: str, **options: Any) -> AsyncIterator[Peer]:
+async def peer_process(role: str, environment: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Peer]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         SCRIPT,
@@ -67,7 +67,7 @@ async def peer_process(role: str, **options: Any) -> AsyncIterator[Peer]:
         json.dumps({"layout": asdict(LARGE), "num_blocks": NUM_BLOCKS, **options}),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
     )
     try:
         yield Peer(process)
@@ -147,3 +147,55 @@ async def test_a_receiver_in_the_middle(family: str, tmp_path: Path, how: str) -
                 peer.go_on()
                 assert await peer.read() == {"result": "kv_transfer_failed"}
         await pair.assert_serves()
+
+
+async def test_a_nixl_read_over_tcp_from_a_stopped_sender_hurts_nobody(tmp_path: Path) -> None:
+    """It goes on when the sender does: by then its pull has failed, and its blocks are somebody else's."""
+    key = RoundKey("tenant", "session", 1, 1)
+    over_tcp = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
+    async with KvPair("tcp", tmp_path, layout=LARGE, num_blocks=NUM_BLOCKS) as pair:
+        sending = peer_process(
+            "sender",
+            over_tcp,
+            family="nixl",
+            worker_id=SENDER[0],
+            incarnation=SENDER[1],
+            secret=SECRET.decode(),
+            listen="tcp://127.0.0.1:0",
+            key=key,
+        )
+        async with sending as sender:
+            offered = await sender.read()
+            local = pair.grant(0, offered["num_tokens"], key=key)  # only to fill in the request
+            request = {
+                "key": key,
+                "endpoints": offered["endpoints"],
+                "ticket": mint(SECRET, pair.claims(local)).hex(),
+                "source": SENDER[0],
+                "source_incarnation": SENDER[1],
+                "lease_id": offered["lease_id"],
+                "generation": offered["generation"],
+                "block_table": list(range(NUM_BLOCKS)),
+                "token_start": 0,
+                "token_stop": offered["num_tokens"],
+                "progress_timeout_s": 1.0,
+            }
+            receiving = peer_process(
+                "receiver",
+                over_tcp,
+                family="nixl",
+                worker_id=RECEIVER[0],
+                incarnation=RECEIVER[1],
+                request=request,
+                watch=True,
+            )
+            async with receiving as receiver:
+                assert await receiver.read() == {"arrived": True}
+                await sender.stop()
+                receiver.go_on()
+                assert await receiver.read() == {"result": "kv_transfer_failed"}
+                assert (await receiver.read())["quarantined"] >= 1
+                sender.signal(signal.SIGCONT)
+                assert await sender.read() == {"ended": "failed"}
+                receiver.go_on()
+                assert await receiver.read() == {"quarantined": 0, "untouched": True}

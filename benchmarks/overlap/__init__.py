@@ -1,0 +1,1 @@
+"""Parts of benchmarks/bench_overlap.py: KV transfers beside compute."""
