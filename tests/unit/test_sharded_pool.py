@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import socket
 import time
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.worker.kv_lanes import build_lanes
 from shared.core.types import KvLayout, RoundKey, Segment
 from shared.engine.kv_pool import KvPool
 from shared.engine.sharded_pool import ShardedKvPool
 from shared.errors import AmpdError, KvTransferError
+from shared.transport.channel import Channel
 from shared.transport.client import KvClient, PullRequest
+from shared.transport.lanes import STREAM
 from shared.transport.leases import LeaseTable
 from shared.transport.protocol import CHUNK_BYTES, KvMemory
 from shared.transport.region import allocate_region
@@ -93,6 +97,17 @@ def test_what_does_not_fit_is_refused() -> None:
         sharded.segment_views([1, 2], good)
     with pytest.raises(AmpdError, match="at least 2 blocks"):
         make_sharded(LAYOUT, 1, 2)
+
+
+def test_it_is_offered_to_no_way_that_reads_by_address() -> None:
+    """By `auto` it goes through connections; who asks for shared memory is told why not."""
+    _, sharded, _ = filled_pair(2)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(ours, progress_timeout_s=1.0, deadline_s=1.0)
+        assert build_lanes("auto", sharded, "w").names(channel) == (STREAM,)
+    with pytest.raises(AmpdError, match="--parallel-degree 1"):
+        build_lanes("shm", sharded, "w")
 
 
 async def pull(source: KvMemory, target: KvMemory, folder: Path, tables: tuple[list[int], list[int]], stop: int) -> int:
