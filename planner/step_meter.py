@@ -102,7 +102,7 @@ def _view_block(runner: ModelRunner, block: int) -> Any:
 
 def read_longest_context(model_dir: Path) -> int:
     """Tokens that the model was made for."""
-    from shared.engine.model_runner import read_model_config
+    from shared.engine.model_loading import read_model_config
 
     return int(read_model_config(model_dir).max_position_embeddings)
 

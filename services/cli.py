@@ -308,7 +308,8 @@ def _add_cluster_flags(parser: argparse.ArgumentParser, port_help: str) -> None:
     add("--profile", metavar="NAME|FILE", help=f"{profile_help}: one that ships, or a file")
     scale_help = "emulated: seconds here per second there, 10 keeps our own overhead small (default: %(default)s)"
     add("--time-scale", type=_number(0.0), default=1.0, metavar="X", help=scale_help)
-    add("--parallel-degree", type=_integer(1), default=1, metavar="T", help="emulated: devices of a worker")
+    degree_help = "processes (torch) or devices (emulated) that hold a worker's model together (default: %(default)s)"
+    add("--parallel-degree", type=_integer(1), default=1, metavar="T", help=degree_help)
     model_help = "smollm2, tiny-random, or the folder of a Hugging Face model (default: %(default)s)"
     add("--model", default="smollm2", help=model_help)
     add_policy_flags(parser)

@@ -25,7 +25,7 @@ class ClusterOptions:
     engine: EngineName = "torch"
     profile: str | None = None  # timings of the workers, a profile's name or path; the emulated engine needs one
     time_scale: float = 1.0  # emulated: wall seconds per second of the profile
-    parallel_degree: int = 1  # emulated: devices of every worker
+    parallel_degree: int = 1  # processes (torch) or devices (emulated) of every worker
     replan: ReplanMode = "dry-run"  # what the planner does about roles that do not suit the load
     model: str = "smollm2"  # torch
     policy: str = "ampd"
@@ -59,11 +59,8 @@ def check_options(options: ClusterOptions) -> None:
         from shared.engine.emulated import check_time_scale  # numpy: only where it is wanted
 
         check_time_scale(options.time_scale)
-    elif (options.parallel_degree, options.time_scale) != (1, 1.0):
-        raise AmpdError(
-            ErrorCode.INVALID_REQUEST,
-            "--parallel-degree and --time-scale are of the emulated engine: --engine emulated",
-        )
+    elif options.time_scale != 1.0:
+        raise AmpdError(ErrorCode.INVALID_REQUEST, "--time-scale is of the emulated engine: --engine emulated")
     build_policy(options.policy, options.disabled_parts, read_policy_options(options.policy_options))
     if options.profile is not None:
         load_profile(options.profile).degree(options.parallel_degree)
@@ -94,5 +91,6 @@ def engine_arguments(options: ClusterOptions, model_dir: Path | None) -> list[st
         f"--device={options.device}",
         f"--threads={options.threads}",
         f"--kv-memory-mb={options.kv_memory_mb}",
+        f"--parallel-degree={options.parallel_degree}",
         f"--kv-transport={options.kv_transport}",
     ]

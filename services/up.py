@@ -174,7 +174,8 @@ def describe_workers(options: ClusterOptions) -> str:
         (options.num_both, "prefill-and-decode"),
     )
     workers = " + ".join(f"{count} {role}" for count, role in counts if count)
-    degree = f", {options.parallel_degree} devices each" if options.parallel_degree > 1 else ""
+    unit = "devices" if options.engine == "emulated" else "processes"
+    degree = f", {options.parallel_degree} {unit} each" if options.parallel_degree > 1 else ""
     return f"{workers} worker(s){degree}"
 
 

@@ -49,7 +49,7 @@ def build_parser(role: Role) -> argparse.ArgumentParser:
     add("--model-dir", type=Path, help="torch: Hugging Face model folder on disk")
     add("--profile", default="", help="timings, by which emulated steps last: a name that ships, or a JSON file's path")
     add("--time-scale", type=float, default=1.0, help="emulated: wall seconds per second of the profile")
-    add("--parallel-degree", type=int, default=1, help="emulated: devices of this worker")
+    add("--parallel-degree", type=int, default=1, help="processes (torch) or devices (emulated) that hold the model")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--device", default="cpu", help="cpu or cuda[:N] (CUDA paths have not been run on a GPU yet)")
     add("--threads", type=int, default=1, help="CPU threads of the forward pass")
@@ -131,13 +131,15 @@ async def run_worker(service: ServiceContext, *, args: argparse.Namespace) -> No
         )
         try:
             runtime = WorkerRuntime(context, role=args.role, model=engine.model)
+            if engine.watch is not None:
+                context.spawn(engine.watch(), "engine watch")
             await runtime.serve(service.stop, drain_timeout_s=args.drain_timeout)
         finally:
             await client.close()
             server.close()
             lanes.close()
             await bus.close()
-            engine.report_end()
+            engine.close()
 
 
 def choose_node(args: argparse.Namespace) -> str:

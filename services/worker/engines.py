@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -42,7 +43,8 @@ class WorkerEngine:
     chunk_tokens: int
     max_prefill_tokens: int
     max_batch: int
-    report_end: Callable[[], None] = lambda: None  # called once, when the worker stops
+    watch: Callable[[], Coroutine[Any, Any, None]] | None = None  # raises when the engine can no longer work
+    close: Callable[[], None] = lambda: None  # called once, when the worker stops
 
 
 def load_engine(args: argparse.Namespace) -> WorkerEngine:
@@ -64,6 +66,7 @@ def _load_torch(args: argparse.Namespace) -> WorkerEngine:
         raise AmpdError(ErrorCode.INVALID_REQUEST, "--engine torch needs --model-dir")
     model_dir: Path = args.model_dir
     profile = load_profile(args.profile) if args.profile else None
+    costs = None if profile is None else StepCosts.from_profile(profile, args.parallel_degree)
     runner = ModelRunner.load(
         model_dir,
         dtype=args.dtype,
@@ -78,20 +81,24 @@ def _load_torch(args: argparse.Namespace) -> WorkerEngine:
         ),
         block_size=args.block_size,
         attention=args.attention,
+        parallel_degree=args.parallel_degree,
         shared_pool=wants_shared_pool(args.kv_transport, args.device),
     )
     return WorkerEngine(
         runner=runner,
         codec=TextCodec.load(model_dir),
         model=model_dir.name,
-        costs=None if profile is None else StepCosts.from_profile(profile, 1),
+        costs=costs,
         profile="" if profile is None else profile.name,
+        parallel_degree=args.parallel_degree,
         make_kv_client=lambda worker_id, incarnation, lanes: KvClient(
             runner.pool, worker_id=worker_id, incarnation=incarnation, lanes=lanes
         ),
         chunk_tokens=128,
         max_prefill_tokens=512,
         max_batch=64,
+        watch=runner.watch,
+        close=runner.close,
     )
 
 
@@ -124,7 +131,7 @@ def _load_emulated(args: argparse.Namespace) -> WorkerEngine:
         link = EmulatedLink(costs)
         return EmulatedKvClient(runner.pool, worker_id=worker_id, incarnation=incarnation, link=link)
 
-    def report_end() -> None:
+    def close() -> None:
         """Say how true the emulation was: steps that end late are those of a machine with too little time for us."""
         late_share = runner.late_s / runner.busy_s if runner.busy_s else 0.0
         say = log.warning if late_share > MAX_LATE_SHARE else log.info
@@ -143,5 +150,5 @@ def _load_emulated(args: argparse.Namespace) -> WorkerEngine:
         chunk_tokens=ChunkParameters().chunk_tokens,
         max_prefill_tokens=ChunkParameters().max_prefill_tokens,
         max_batch=512,  # as far as profiles go
-        report_end=report_end,
+        close=close,
     )

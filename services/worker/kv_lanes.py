@@ -43,6 +43,7 @@ def build_lanes(transport: TransportName, pool: Pool, worker_id: str) -> Lanes:
 def _build_shm(pool: Pool) -> ShmLane:
     if pool.region is None:
         raise AmpdError(
-            ErrorCode.INVALID_REQUEST, "--kv-transport shm is for --device cpu: KV on a device cannot be mapped"
+            ErrorCode.INVALID_REQUEST,
+            "--kv-transport shm is for --device cpu and --parallel-degree 1: other KV cannot be mapped as one",
         )
     return ShmLane(pool)

@@ -67,7 +67,7 @@ class NativeAttention:
     name = "native"
 
     def __init__(self, kernels: ctypes.CDLL, threads: int) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
         self._threads = threads
 
     def attend(self, layer: int, queries: torch.Tensor, pool: KvPool, batch: StepBatch, scaling: float) -> torch.Tensor:
@@ -88,7 +88,7 @@ class NativeAttention:
         """`queries` and `output` are float32 [N, query heads * head_dim]; rows may be strided."""
         keys = pool.tensor[:, layer]
         layout = pool.layout
-        self._kernels.ampd_attention(
+        self.kernels.ampd_attention(
             queries.data_ptr(),
             queries.stride(0),
             output.data_ptr(),

@@ -6,6 +6,9 @@ processor's table of pages, which in a virtual machine costs up to 24 memory acc
 
 from __future__ import annotations
 
+import mmap
+import os
+
 import torch
 
 from shared.transport.region import Region, allocate_region
@@ -19,3 +22,18 @@ def allocate_zeros(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
 def zero(region: Region, dtype: torch.dtype) -> torch.Tensor:
     """All of the region as a flat tensor, which keeps its memory alive."""
     return torch.frombuffer(region.data, dtype=torch.uint8).view(dtype).zero_()
+
+
+def create_common_memory(name: str, num_bytes: int) -> int:
+    """The descriptor of memory that processes given it all map to write; gone when the last of them is.
+
+    `name` is what /proc shows. Raises OSError.
+    """
+    descriptor = os.memfd_create(name)
+    os.ftruncate(descriptor, num_bytes)
+    return descriptor
+
+
+def map_common_memory(descriptor: int, num_bytes: int) -> Region:
+    """The memory of create_common_memory in this process. The descriptor stays the caller's."""
+    return Region(memoryview(mmap.mmap(descriptor, num_bytes)))

@@ -1,15 +1,15 @@
 """Host memory as a second tier for KV: what is evicted from the pool goes here, and comes back before the next round.
 
 Bounded: a fixed number of buffers of one KV block each. When they are all used, the session that retention puts first
-loses the tail of what it has here. On CUDA the bytes pass through the pool's staging memory; that path has not been
-run on a GPU.
+loses the tail of what it has here. Where the pool has no views the bytes pass through its staging memory; for CUDA
+that has not been run on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
@@ -17,17 +17,13 @@ from shared.core.retention import IdleKv, RetentionName, choose_victim
 from shared.core.sequences import SessionKv
 from shared.core.step_prediction import StepPredictor
 from shared.core.types import KvLayout, Segment
+from shared.transport.protocol import as_staged
 
 
 class HostViews(Protocol):
     layout: KvLayout
 
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]: ...
-
-
-class DeviceCopies(Protocol):
-    def read_segment(self, block_table: Sequence[int], segment: Segment) -> memoryview: ...
-    def write_segment(self, block_table: Sequence[int], segment: Segment, data: memoryview) -> None: ...
 
 
 @dataclass(eq=False)
@@ -56,7 +52,7 @@ class HostTier:
     ) -> None:
         """num_blocks: buffers, of the pool's bytes a block (memory is touched as they are first used)."""
         self._pool = pool
-        self._on_device = not str(getattr(pool, "device", "cpu")).startswith("cpu")
+        self._staged = as_staged(pool)
         self._num_layers = pool.layout.num_layers
         self._block_size = pool.layout.block_size
         self._retention: RetentionName = retention
@@ -172,10 +168,8 @@ class HostTier:
 
     def _copy_out(self, block_table: Sequence[int], index: int, buffer: int) -> None:
         row = self._buffers[buffer]
-        if self._on_device:
-            row[:] = np.frombuffer(
-                cast(DeviceCopies, self._pool).read_segment(block_table, self._block(index)), np.uint8
-            )
+        if self._staged is not None:
+            row[:] = np.frombuffer(self._staged.read_segment(block_table, self._block(index)), np.uint8)
             return
         offset = 0
         for view in self._pool.segment_views(block_table, self._block(index)):
@@ -184,8 +178,8 @@ class HostTier:
 
     def _copy_in(self, block_table: Sequence[int], index: int, buffer: int) -> None:
         row = self._buffers[buffer]
-        if self._on_device:
-            cast(DeviceCopies, self._pool).write_segment(block_table, self._block(index), row.data)
+        if self._staged is not None:
+            self._staged.write_segment(block_table, self._block(index), row.data)
             return
         offset = 0
         for view in self._pool.segment_views(block_table, self._block(index)):

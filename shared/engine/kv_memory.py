@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.core.types import DTYPE_BYTES
-from shared.engine.model_runner import choose_dtype, read_model_config
+from shared.engine.model_loading import choose_dtype, read_model_config
 
 
 def blocks_in_memory(model_dir: Path, *, dtype: str, device: str, block_size: int, kv_memory_bytes: int) -> int:

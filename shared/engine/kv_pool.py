@@ -15,7 +15,7 @@ from shared.core.types import KvLayout, Segment
 from shared.engine.host_memory import zero
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.ranges import ByteRange, find_ranges, slice_views
-from shared.transport.region import allocate_region
+from shared.transport.region import Region, allocate_region
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,13 +23,18 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 class KvPool:
     """`tensor` is [num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim] on `device`."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu", *, shared: bool = False) -> None:
-        """`shared`: peers on this host may map the pool to read it (CPU only)."""
-        if num_blocks < 2:
-            raise AmpdError(
-                ErrorCode.INVALID_REQUEST,
-                f"a KV pool needs at least 2 blocks (block 0 is padding), not {num_blocks}",
-            )
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        device: str = "cpu",
+        *,
+        shared: bool = False,
+        region: Region | None = None,
+    ) -> None:
+        """`shared`: peers on this host may map the pool to read it (CPU only). `region`: where it lies, if it is to lie
+        in memory that there is already; it is zeroed."""
+        check_num_blocks(num_blocks)
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
@@ -43,13 +48,20 @@ class KvPool:
         )
         num_bytes = num_blocks * layout.bytes_per_block
         dtype = TORCH_DTYPES[layout.dtype]
-        self.region = allocate_region(num_bytes, shared=shared) if device == "cpu" else None
+        self.region = region
+        if region is None and device == "cpu":
+            self.region = allocate_region(num_bytes, shared=shared)
         if self.region is not None:
             flat = zero(self.region, dtype)
         else:
             flat = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
         self.tensor = flat.view(shape)
         self._bytes = flat.view(torch.uint8)
+
+    @property
+    def has_views(self) -> bool:
+        """Whether segment_views works; otherwise bytes go through read_segment and write_segment."""
+        return self.region is not None
 
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]:
         """Writable views of the segment's bytes, in the order Segment defines, as few ranges as possible. CPU only.
@@ -101,29 +113,38 @@ class KvPool:
 
     def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]:
         """Byte ranges of the pool, in the order Segment defines. Raises KvTransferError as segment_views."""
-        self._check_segment(block_table, segment)
+        check_segment(self.layout, self.num_blocks, block_table, segment)
         return find_ranges(self.layout, block_table, segment)
 
-    def _check_segment(self, block_table: Sequence[int], segment: Segment) -> None:
-        layout = self.layout
-        capacity = len(block_table) * layout.block_size
-        if not 0 <= segment.layer_start < segment.layer_stop <= layout.num_layers:
-            raise KvTransferError(
-                ErrorCode.KV_TRANSFER_FAILED,
-                f"layers [{segment.layer_start}, {segment.layer_stop}) are not within [0, {layout.num_layers})",
-            )
-        if not 0 <= segment.token_start < segment.token_stop <= capacity:
-            raise KvTransferError(
-                ErrorCode.KV_TRANSFER_FAILED,
-                f"tokens [{segment.token_start}, {segment.token_stop}) are not within the {len(block_table)} blocks "
-                f"({capacity} tokens) of the block table",
-            )
-        used = block_table[segment.token_start // layout.block_size : -(-segment.token_stop // layout.block_size)]
-        if min(used) < 1 or max(used) >= self.num_blocks:
-            raise KvTransferError(
-                ErrorCode.KV_TRANSFER_FAILED,
-                f"the block table names blocks outside [1, {self.num_blocks})",
-            )
+
+def check_num_blocks(num_blocks: int) -> None:
+    if num_blocks < 2:
+        raise AmpdError(
+            ErrorCode.INVALID_REQUEST,
+            f"a KV pool needs at least 2 blocks (block 0 is padding), not {num_blocks}",
+        )
+
+
+def check_segment(layout: KvLayout, num_blocks: int, block_table: Sequence[int], segment: Segment) -> None:
+    """Raise KvTransferError if the segment does not lie within the layout, `block_table` and the pool's blocks."""
+    capacity = len(block_table) * layout.block_size
+    if not 0 <= segment.layer_start < segment.layer_stop <= layout.num_layers:
+        raise KvTransferError(
+            ErrorCode.KV_TRANSFER_FAILED,
+            f"layers [{segment.layer_start}, {segment.layer_stop}) are not within [0, {layout.num_layers})",
+        )
+    if not 0 <= segment.token_start < segment.token_stop <= capacity:
+        raise KvTransferError(
+            ErrorCode.KV_TRANSFER_FAILED,
+            f"tokens [{segment.token_start}, {segment.token_stop}) are not within the {len(block_table)} blocks "
+            f"({capacity} tokens) of the block table",
+        )
+    used = block_table[segment.token_start // layout.block_size : -(-segment.token_stop // layout.block_size)]
+    if min(used) < 1 or max(used) >= num_blocks:
+        raise KvTransferError(
+            ErrorCode.KV_TRANSFER_FAILED,
+            f"the block table names blocks outside [1, {num_blocks})",
+        )
 
 
 def _view_bytes(host_tensor: torch.Tensor) -> memoryview:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from shared.engine.kv_pool import KvPool
+from shared.engine.sharded_pool import ShardedKvPool
 from shared.engine.step import StepItem
 
 
@@ -44,7 +45,9 @@ class StepBatch:
                 item.on_layer(layer)
 
 
-def build_step_batch(items: Sequence[StepItem], pool: KvPool, max_context_tokens: int, vocab_size: int) -> StepBatch:
+def build_step_batch(
+    items: Sequence[StepItem], pool: KvPool | ShardedKvPool, max_context_tokens: int, vocab_size: int
+) -> StepBatch:
     """Flatten `items`. Raises ValueError where an item does not fit its own block table: the scheduler has a bug."""
     if not items:
         raise ValueError("a step needs at least one item")

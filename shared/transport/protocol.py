@@ -22,7 +22,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -53,6 +53,19 @@ class KvMemory(Protocol):
         """Writable views of the segment's bytes, in the order Segment defines. block_table[p // block_size] holds
         position p. Called from transport threads. Raises KvTransferError if the block table does not cover it."""
         ...
+
+
+class StagedKvMemory(Protocol):
+    """A KvMemory whose attribute has_views is False: its bytes cannot be reached where they lie (they are on a device,
+    or in another order), so they are copied. Both methods take bytes in Segment's order, and raise as segment_views."""
+
+    def read_segment(self, block_table: Sequence[int], segment: Segment) -> memoryview: ...
+    def write_segment(self, block_table: Sequence[int], segment: Segment, data: memoryview) -> None: ...
+
+
+def as_staged(memory: KvMemory) -> StagedKvMemory | None:
+    """`memory` if it must be copied from and to; None if it has views, as memories have that do not say."""
+    return None if getattr(memory, "has_views", True) else cast(StagedKvMemory, memory)
 
 
 class FrameKind(IntEnum):

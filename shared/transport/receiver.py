@@ -27,11 +27,13 @@ from shared.transport.protocol import (
     PullBody,
     Refused,
     Trailer,
+    as_staged,
     check_peer,
     check_ranges_length,
     decode_header,
     decode_ranges,
     encode_header,
+    split_segment,
 )
 
 
@@ -183,9 +185,8 @@ class _Incoming:
     def _take_payload(self, header: memoryview, frame: Frame) -> None:
         _add(self.coverage, frame.segment)
         _require_length(frame, frame.segment.num_bytes(self._memory.layout))
-        views = self._memory.segment_views(self._request.block_table, frame.segment)
         self.digest.update(header)
-        self._channel.receive_into(views, self.digest)
+        _receive_segment(self._channel, self._memory, self._request.block_table, frame.segment, self.digest)
         self._count(frame.segment)
 
     def _take_ranges(self, header: bytes, frame: Frame, pool: RemotePool) -> None:
@@ -238,6 +239,20 @@ class _Incoming:
     def abandon(self) -> None:
         if self._reading is not None:
             self._reading[2].abandon()
+
+
+def _receive_segment(
+    channel: Channel, memory: KvMemory, block_table: Sequence[int], segment: Segment, digest: Digest
+) -> None:
+    """The payload of one frame. What is staged takes no more memory than an ordinary frame, whatever the peer sends."""
+    staged = as_staged(memory)
+    if staged is None:
+        channel.receive_into(memory.segment_views(block_table, segment), digest)
+        return
+    for part in split_segment(segment, memory.layout):
+        data = memoryview(bytearray(part.num_bytes(memory.layout)))
+        channel.receive_into([data], digest)
+        staged.write_segment(block_table, part, data)
 
 
 def _expect(channel: Channel, frame: Frame, kind: FrameKind) -> Frame:

@@ -23,6 +23,7 @@ from shared.transport.protocol import (
     LeaseId,
     PullBody,
     Trailer,
+    as_staged,
     encode_header,
     encode_ranges,
     split_segment,
@@ -59,7 +60,11 @@ class StreamSender:
         self._lease = lease
 
     def send(self, segment: Segment) -> None:
-        views = self._memory.segment_views(self._lease.block_table, segment)
+        staged = as_staged(self._memory)
+        if staged is None:
+            views = self._memory.segment_views(self._lease.block_table, segment)
+        else:
+            views = [staged.read_segment(self._lease.block_table, segment)]
         length = segment.num_bytes(self._memory.layout)
         header = memoryview(encode_header(FrameKind.SEGMENT, self._name, segment, length))
         self._channel.send([header, *views], self.digest)

@@ -31,6 +31,7 @@ def socket_descriptors() -> int:
 @pytest.fixture
 def nothing_leaks() -> Iterator[None]:
     """Every thread and socket of the data plane is gone when the test's pairs are closed."""
+    gc.collect()  # what tests before this one left in cycles
     threads, sockets = kv_threads(), socket_descriptors()
     yield
     gc.collect()  # what a failure's traceback holds

@@ -44,6 +44,7 @@ def test_segments_have_the_same_bytes_as_on_the_cpu(segment: Segment) -> None:
 
 
 def test_device_memory_has_no_host_views() -> None:
+    assert not filled("cuda").has_views, "transfers and the host tier copy"
     with pytest.raises(KvTransferError, match="read_segment"):
         filled("cuda").segment_views([1], Segment(0, 1, 0, 4))
 

@@ -81,7 +81,7 @@ def test_a_wrong_argument_exits_2_and_says_what_to_change(
         (["--policy-option", "routing.gamma=1"], "unknown policy option 'routing.gamma'"),
         (["--policy-option", "routing.alpha"], "must be PATH=VALUE"),
         (["--time-scale", "10"], "--engine emulated"),
-        (["--parallel-degree", "2"], "--engine emulated"),
+        (["--parallel-degree", "2", "--profile", "cpu-smollm2"], "no parallel degree 2"),
         (["--engine", "emulated", "--profile", "no-such-profile"], "no profile 'no-such-profile'"),
     ],
 )

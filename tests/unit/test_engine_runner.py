@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from shared.engine.model_fingerprint import fingerprint_model
-from shared.engine.model_runner import ModelRunner, choose_dtype
+from shared.engine.model_loading import choose_dtype
+from shared.engine.model_runner import ModelRunner
 from shared.engine.step import StepItem
 from shared.errors import AmpdError, ErrorCode
 from shared.messages import SamplingParams

@@ -312,16 +312,17 @@ async def start_pair(
     host_kv_bytes: int = 0,
     limits: WorkerLimits | None = None,
     takes: Role | None = None,
+    parallel_degrees: tuple[int, int] = (1, 1),
 ) -> AsyncIterator[tuple[Commander, Worker, Worker]]:
     """(commander, prefill worker, decode worker), or two workers of the role that `takes` says; at the end nothing may
-    be left in either of any session started."""
+    be left in either of any session started. parallel_degrees: of each; above 1 only one of them may be."""
     hub = MemoryHub()
     commander = Commander(await hub.connect("commander"))
     await commander.listen()
     stop = asyncio.Event()
     workers, serving, closers = [], [], []
-    for role in ("prefill", "decode"):
-        runner = ModelRunner.load(model_dir, dtype="float32", num_blocks=num_blocks)
+    for role, degree in zip(("prefill", "decode"), parallel_degrees, strict=True):
+        runner = ModelRunner.load(model_dir, dtype="float32", num_blocks=num_blocks, parallel_degree=degree)
         leases, bus = LeaseTable(time.monotonic), await hub.connect(role)
         incarnation = secrets.randbits(63)
         server = KvServer(
@@ -375,6 +376,8 @@ async def start_pair(
             server.close()
             await bus.close()
         await commander.bus.close()
+        for worker in workers:
+            worker.runner.close()
     for worker in workers:
         worker.runtime.check_integrity()
         assert worker.scheduler.allocator.num_free == worker.scheduler.allocator.num_usable
