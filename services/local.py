@@ -27,6 +27,7 @@ from shared.child_process import dying_with_this_process
 from shared.client import AmpdClient
 from shared.errors import AmpdError, ErrorCode
 from shared.nats_server import NatsServer, NatsServerError
+from shared.transport.region import COPY_TUNABLE
 
 READY_DEADLINE_S = 180.0
 WORKER_DRAIN_S = 10.0  # running rounds may end
@@ -132,6 +133,7 @@ class LocalCluster:
             "AMPD_LOG_FORMAT": os.environ.get("AMPD_LOG_FORMAT", "logfmt"),
             # threads of one worker that wait for another's core cost far more than they bring
             "OMP_NUM_THREADS": str(options.threads),
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", COPY_TUNABLE),
         }
 
         def child(name: str, module: str, *arguments: str) -> ServiceProcess:

@@ -7,6 +7,8 @@ A NIXL read cannot be stopped: one that is given up may still write long afterwa
 worker, and from there into the blocks; a slot whose read is given up is in quarantine until the read has ended. NIXL's
 own progress thread would spin. Ours sleeps when there is nothing to read or to serve (a read over TCP does not go on
 without its sender's help), and while a pull's thread copies one frame out of its slot it reads the next.
+
+The digest is of a sample, as with shm: RDMA, CMA and TCP check what they carry, and a sample can be had on a device.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ import numpy as np
 import structlog
 
 from shared.errors import AmpdError, ErrorCode, KvTransferError
-from shared.transport.channel import PIECE_BYTES, Channel
+from shared.transport.channel import Channel
 from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Read, read_ucx_lanes
-from shared.transport.protocol import CHUNK_BYTES, Digest
+from shared.transport.protocol import Digest
 from shared.transport.ranges import ByteRange
 from shared.transport.region import allocate_region
-from shared.transport.shm_lane import pair_pieces
+from shared.transport.shm_lane import add_sample, pair_pieces
 
 log = structlog.get_logger(__name__)
 
-NUM_SLOTS = 16
+NUM_SLOTS = 8
 POLL_S = 50e-6
 WAKE_S = 0.02  # how often who waits for a read looks whether it has to stop
 LINGER_S = 1.0  # of progress after a pull that failed
@@ -53,16 +55,16 @@ class NixlLane:
     """See Lane. Raises AmpdError INVALID_REQUEST if NIXL is not there, or the pool is not in host memory."""
 
     name = "nixl"
-    chunk_bytes = CHUNK_BYTES
 
-    def __init__(self, memory: OneSidedMemory, worker_id: str) -> None:
+    def __init__(self, memory: OneSidedMemory, worker_id: str, *, chunk_bytes: int = 16 << 20) -> None:
         if memory.region is None:
             raise AmpdError(ErrorCode.INVALID_REQUEST, "KV goes by nixl only from a pool in host memory yet")
         self.memory = memory
+        self.chunk_bytes = chunk_bytes
         layout = memory.layout
         self._region = memory.region
         self._block_bytes = layout.bytes_per_block
-        self.slot_bytes = count_frame_bytes(layout, self.chunk_bytes)
+        self.slot_bytes = count_frame_bytes(layout, chunk_bytes)
         self._slots_region = allocate_region(NUM_SLOTS * self.slot_bytes, shared=False)
         self.slots = np.frombuffer(self._slots_region.data, dtype=np.uint8).reshape(NUM_SLOTS, self.slot_bytes)
         self.slots.fill(0)
@@ -104,8 +106,7 @@ class NixlLane:
         """All has been told."""
 
     def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
-        for view in views:
-            digest.update(view)
+        add_sample(digest, [np.frombuffer(view, dtype=np.uint8) for view in views])
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -325,9 +326,9 @@ class NixlReading:
                 raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
             source = self._lane.slots[self._slot, : sum(stop - start for start, stop in self._ranges)]
             targets = [np.frombuffer(view, dtype=np.uint8) for view in views]
-            for target, piece in pair_pieces(targets, [source], PIECE_BYTES):  # digested while it is in the cache
+            for target, piece in pair_pieces(targets, [source]):
                 np.copyto(target, piece)
-                digest.update(target.data)
+            add_sample(digest, targets)
         finally:
             self.abandon()
         self._pool.note_lanes()

@@ -15,6 +15,9 @@ import weakref
 from shared.errors import ErrorCode, KvTransferError
 
 HUGE_PAGE_BYTES = 2 << 20
+# for the environment of a worker's process: copies from 256 KiB on leave the cache out. What is copied is not read
+# soon, and with regular stores the target would be read from memory first (docs/decisions/0014-kv-lanes.md)
+COPY_TUNABLE = "glibc.cpu.x86_non_temporal_threshold=0x40000"
 _F_SEAL_FUTURE_WRITE = 0x0010  # the standard library has no name for it yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 

@@ -3,8 +3,8 @@
 The memory file's descriptor goes over the Unix socket (SCM_RIGHTS) once a connection. A mapping lives as long as a
 connection to its owner does, so that a worker that is gone does not keep its memory.
 
-No wire is passed, so the digest is of a sample: a word of every page, enough to tell another block, or one that has
-been written to, from what was leased. A digest of every byte, at both ends, would cost twice what the copy does.
+No wire is passed, so the digest is of a sample: a word of every few pages, enough to tell another block, or one that
+has been written to, from what was leased. A digest of every byte, at both ends, would cost twice what the copy does.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from shared.transport.ranges import ByteRange
 from shared.transport.region import map_to_read
 
 Bytes = npt.NDArray[np.uint8]
-SAMPLE_BYTES, STRIDE_BYTES = 8, 4096
+SAMPLE_BYTES = 8
+STRIDE_BYTES, LONG_STRIDE_BYTES = 4096, 16_384  # the long one for more than LONG_BYTES: whole blocks
+LONG_BYTES = 4 << 20
 
 
 class ShmLane:
     """See Lane. Raises AmpdError INVALID_REQUEST for a pool that is not in shared memory."""
 
     name = "shm"
-    chunk_bytes = 32 << 20
+    chunk_bytes = 64 << 20
 
     def __init__(self, memory: OneSidedMemory) -> None:
         if memory.region is None or not memory.region.is_shared:
@@ -130,17 +132,18 @@ def pair_pieces(
 
 
 def add_sample(digest: Digest, pieces: Sequence[Bytes]) -> None:
-    """The first SAMPLE_BYTES of every STRIDE_BYTES of all the bytes, however they are cut into pieces."""
+    """The first SAMPLE_BYTES of every stride of all the bytes, however they are cut into pieces."""
+    stride = STRIDE_BYTES if sum(piece.size for piece in pieces) <= LONG_BYTES else LONG_STRIDE_BYTES
     position = 0  # within a stride
     for piece in pieces:
-        first = min(piece.size, -position % STRIDE_BYTES)
+        first = min(piece.size, -position % stride)
         if position < SAMPLE_BYTES:
             digest.update(piece[: min(first, SAMPLE_BYTES - position)].data)
-        whole = (piece.size - first) // STRIDE_BYTES
-        stop = first + whole * STRIDE_BYTES
+        whole = (piece.size - first) // stride
+        stop = first + whole * stride
         if whole:
-            strides = piece[first:stop].reshape(whole, STRIDE_BYTES)
+            strides = piece[first:stop].reshape(whole, stride)
             digest.update(np.ascontiguousarray(strides.view(np.uint64)[:, 0]).data)
         rest = piece[stop:]
         digest.update(rest[:SAMPLE_BYTES].data)
-        position = (position + piece.size) % STRIDE_BYTES
+        position = (position + piece.size) % stride

@@ -37,11 +37,11 @@ def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int]) -> La
     """Of a worker that can do nothing else."""
     match family:
         case "shm":
-            lane = ShmLane(memory)
-            lane.chunk_bytes = CHUNK_BYTES  # as many frames as the others have
-            return Lanes([lane], streams=False)
+            shm = ShmLane(memory)
+            shm.chunk_bytes = CHUNK_BYTES  # as many frames as the others have
+            return Lanes([shm], streams=False)
         case "nixl":
-            return Lanes([NixlLane(memory, worker[0])], streams=False)
+            return Lanes([NixlLane(memory, worker[0], chunk_bytes=CHUNK_BYTES)], streams=False)
         case _:
             return Lanes()
 

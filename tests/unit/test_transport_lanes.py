@@ -22,7 +22,15 @@ from shared.transport.memory import HostKvMemory
 from shared.transport.protocol import Digest, check_ranges_length, decode_ranges, encode_ranges
 from shared.transport.ranges import ByteRange, find_ranges
 from shared.transport.region import allocate_region, map_to_read
-from shared.transport.shm_lane import SAMPLE_BYTES, STRIDE_BYTES, ShmLane, add_sample, pair_pieces
+from shared.transport.shm_lane import (
+    LONG_BYTES,
+    LONG_STRIDE_BYTES,
+    SAMPLE_BYTES,
+    STRIDE_BYTES,
+    ShmLane,
+    add_sample,
+    pair_pieces,
+)
 
 LAYOUT = KvLayout("m", 3, 2, 8, 4, "float32")
 
@@ -164,6 +172,13 @@ def test_a_sample_sees_every_page(cuts: list[int], stride: int, at: int) -> None
     changed = DATA.copy()
     changed[stride * STRIDE_BYTES + at] ^= 1
     assert sample(cuts, changed) != sample(cuts)
+
+
+def test_a_sample_of_much_has_longer_strides() -> None:
+    data = np.zeros(LONG_BYTES + LONG_STRIDE_BYTES, dtype=np.uint8)
+    changed = data.copy()
+    changed[3 * LONG_STRIDE_BYTES] = 1
+    assert sample([5, 70_000], data) == sample([], data) != sample([1_000_000], changed)
 
 
 @given(CUTS, CUTS, st.integers(1, 5_000))
