@@ -6,7 +6,8 @@ allocated: block tables are padded with it, and what is read from it is always m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ class KvPool:
         """A host copy of the segment's bytes, on any device (through pinned memory from CUDA)."""
         staging = self._staging(segment)
         offset = 0
-        for start, stop in self.byte_ranges(block_table, segment):
-            staging[offset : offset + stop - start].copy_(self._bytes[start:stop], non_blocking=True)
-            offset += stop - start
-        self._finish_copies()
+        with self._copying():
+            for start, stop in self.byte_ranges(block_table, segment):
+                staging[offset : offset + stop - start].copy_(self._bytes[start:stop], non_blocking=True)
+                offset += stop - start
         return _view_bytes(staging)
 
     def write_segment(self, block_table: Sequence[int], segment: Segment, data: bytes | bytearray | memoryview) -> None:
@@ -98,18 +99,26 @@ class KvPool:
             )
         _view_bytes(staging)[:] = source
         offset = 0
-        for start, stop in self.byte_ranges(block_table, segment):
-            self._bytes[start:stop].copy_(staging[offset : offset + stop - start], non_blocking=True)
-            offset += stop - start
-        self._finish_copies()
+        with self._copying():
+            for start, stop in self.byte_ranges(block_table, segment):
+                self._bytes[start:stop].copy_(staging[offset : offset + stop - start], non_blocking=True)
+                offset += stop - start
 
     def _staging(self, segment: Segment) -> torch.Tensor:
         pinned = self.device.startswith("cuda")
         return torch.empty(segment.num_bytes(self.layout), dtype=torch.uint8, pin_memory=pinned)
 
-    def _finish_copies(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.current_stream(torch.device(self.device)).synchronize()
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """On CUDA a stream beside that of the forward pass, which is not waited for: what is read has been announced,
+        and what is written nobody computes with yet. The copies are done at the end."""
+        if not self.device.startswith("cuda"):
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
 
     def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]:
         """Byte ranges of the pool, in the order Segment defines. Raises KvTransferError as segment_views."""

@@ -11,6 +11,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from shared.core.types import KvLayout
 from shared.engine.decoders import ATTENTION_BACKENDS, Decoder, build_decoder
 from shared.engine.kv_pool import TORCH_DTYPES, KvPool, check_num_blocks
+from shared.engine.layer_events import LayerEvents
 from shared.engine.model_loading import (
     choose_dtype,
     describe_layout,
@@ -52,7 +55,9 @@ class ModelRunner:
         threads: int,
         eos_token_ids: frozenset[int],
         ranks: RankGroup | None = None,
+        events: LayerEvents | None = None,
     ) -> None:
+        """`events`: of a device that computes behind the program's back; None: what a layer's call left is done."""
         self.pool = pool
         self.layout: KvLayout = pool.layout
         self.dtype: str = pool.layout.dtype
@@ -63,6 +68,7 @@ class ModelRunner:
         self._threads = threads
         self._step_thread: int | None = None
         self._ranks = ranks
+        self._events = events
 
     @classmethod
     def load(
@@ -114,7 +120,15 @@ class ModelRunner:
             )
             pool = ranks.pool
         log.info("%s: %s, %s on %s", model_dir.name, decoder.name, dtype, device)
-        return cls(config, decoder, pool, threads=threads, eos_token_ids=read_eos(model_dir, config), ranks=ranks)
+        return cls(
+            config,
+            decoder,
+            pool,
+            threads=threads,
+            eos_token_ids=read_eos(model_dir, config),
+            ranks=ranks,
+            events=LayerEvents(torch.cuda.current_stream(device).record_event) if device.startswith("cuda") else None,
+        )
 
     @torch.inference_mode()
     def step(self, items: Sequence[StepItem]) -> list[int | None]:
@@ -122,9 +136,15 @@ class ModelRunner:
         if self._step_thread != threading.get_ident():
             torch.set_num_threads(self._threads)  # OpenMP keeps this setting per thread
             self._step_thread = threading.get_ident()
+        events = self._events
+        if events is not None:
+            items = [_announce_behind(events, item) for item in items]
         batch = build_step_batch(items, self.pool, self.max_context_tokens, self.vocab_size)
         logits = self._decoder.forward(batch)
         sampled = iter(sample(logits, batch.sampled_items) if batch.sampled_items else [])
+        if events is not None:  # all KV is in the pool when a step returns, whether or not it has sampled
+            events.announce(lambda: None)
+            events.wait()
         return [None if item.sampling is None else next(sampled) for item in items]
 
     async def watch(self) -> None:
@@ -132,9 +152,18 @@ class ModelRunner:
         await (asyncio.Event().wait() if self._ranks is None else self._ranks.watch())
 
     def close(self) -> None:
-        """End the other processes, if there are any; no step may be running."""
+        """End the other processes and the thread, if there are any; no step may be running."""
         if self._ranks is not None:
             self._ranks.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _announce_behind(events: LayerEvents, item: StepItem) -> StepItem:
+    on_layer = item.on_layer
+    if on_layer is None:
+        return item
+    return replace(item, on_layer=lambda layer: events.announce(partial(on_layer, layer)))
 
 
 def _check_options(dtype: str, device: str, threads: int, block_size: int, attention: str) -> None:

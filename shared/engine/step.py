@@ -14,7 +14,8 @@ class StepItem:
 
     block_table covers start_position + n tokens. sampling None: no logits are wanted (a chunk that is not the last).
     output_index is the index of the output token to sample: the draw depends on (sampling.seed, output_index) alone.
-    on_layer(layer) is called in the forward thread once the layer's new KV is in the pool, in layer order.
+    on_layer(layer) is called once the layer's new KV is in the pool, in layer order: in the forward thread, or, where a
+    device computes behind its back, in one that waits for the device. All have been made when the step returns.
     """
 
     token_ids: Sequence[int]

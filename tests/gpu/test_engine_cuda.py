@@ -74,3 +74,46 @@ def test_kv_computed_on_the_cpu_continues_on_the_gpu(tmp_path: Path) -> None:
         [theirs] = gpu.step([StepItem([token], position, [8, 1, 3], SamplingParams())])
         assert ours == theirs
         token = ours
+
+
+def make_model(folder: Path) -> None:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=512,
+        intermediate_size=2_048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def test_a_layer_that_is_announced_can_be_read_beside_the_forward_pass(tmp_path: Path) -> None:
+    """On another thread and stream, at once, while later layers are computed: the bytes are the final ones."""
+    make_model(tmp_path)
+    runner = ModelRunner.load(tmp_path, device="cuda", num_blocks=130)
+    table = list(range(1, 129))
+    read: dict[int, bytes] = {}
+
+    def read_layer(layer: int) -> None:
+        read[layer] = bytes(runner.pool.read_segment(table, Segment(layer, layer + 1, 0, 2_000)))
+
+    tokens = random.Random(6).choices(range(200), k=2_000)
+    runner.step([StepItem(tokens, 0, table, None, on_layer=read_layer)])
+    assert sorted(read) == list(range(12))
+    for layer, data in read.items():
+        assert data == bytes(runner.pool.read_segment(table, Segment(layer, layer + 1, 0, 2_000)))
+    runner.close()
+
+
+def test_kv_is_in_the_pool_when_a_step_returns_that_has_sampled_nothing(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    runner = ModelRunner.load(tmp_path, device="cuda", num_blocks=130)
+    table = list(range(1, 129))
+    tokens = random.Random(6).choices(range(200), k=2_000)
+    runner.step([StepItem(tokens, 0, table, None)])
+    first = bytes(runner.pool.read_segment(table, Segment(0, 12, 0, 2_000)))
+    torch.cuda.synchronize()
+    assert bytes(runner.pool.read_segment(table, Segment(0, 12, 0, 2_000))) == first
+    runner.close()

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from shared.engine.layer_events import LayerEvents
+from shared.engine.model_files import resolve_model
+from shared.engine.model_runner import ModelRunner
+from shared.engine.step import StepItem
 
 
 class FakeEvent:
@@ -67,3 +70,30 @@ def test_what_an_announcement_raises_reaches_the_forward_thread(device: Device, 
         events.wait()
     assert announced == [1]
     events.wait()
+
+
+def test_a_step_returns_when_the_device_has_done_all_of_it() -> None:
+    """With sampled tokens or without: who is told that a step is over may read its KV."""
+    device = Device()
+    events = LayerEvents(device.record)
+    runner = ModelRunner.load(resolve_model("tiny-random"), dtype="float32", num_blocks=4)
+    runner._events = events
+    announced: list[int] = []
+    stepping = threading.Thread(
+        target=runner.step, args=([StepItem([5, 6, 7], 0, [1], None, on_layer=announced.append)],)
+    )
+    stepping.start()
+    num_events = runner.layout.num_layers + 1  # the last one: of everything
+    for index in range(num_events):
+        while len(device.recorded) <= index:
+            assert stepping.is_alive()
+        assert announced == list(range(index))
+        assert stepping.is_alive()
+        device.recorded[index].done.set()
+        while index < num_events - 1 and len(announced) <= index:
+            assert stepping.is_alive()
+    stepping.join(30)
+    assert not stepping.is_alive()
+    assert announced == list(range(runner.layout.num_layers))
+    runner.close()
+    assert not events._thread.is_alive()
