@@ -139,6 +139,7 @@ class _Limits:
         self._pipe = pipe
         self._plain = plain
         self._family = family
+        self._memory = memory
         self._target = memory.region.data
         self._address = memory.region.address
         self._source = np.ones(memory.region.data.nbytes, dtype=np.uint8)
@@ -183,11 +184,11 @@ class _Limits:
 
     def _nixl_loops(self) -> dict[str, Run]:
         """One read of all the bytes, straight into the target: polled without a pause, and with one."""
-        from shared.transport.nixl_agent import NixlAgent
+        from shared.transport.nixl_agent import HOST, NixlAgent
 
         metadata, address = _ask(self._pipe, "nixl")
         agent = NixlAgent("loop-receiver")
-        agent.register(self._address, self._target.nbytes)
+        agent.register(self._memory.flat)
         peer = agent.add_peer(metadata)
 
         def loop(pause_s: float) -> Run:
@@ -195,7 +196,7 @@ class _Limits:
                 before = _ask(self._pipe, "cpu")
                 self._pipe.send(("nixl-serve", pause_s))
                 cpu, started = time.process_time(), time.perf_counter()
-                read = agent.read_ranges(peer, [(address, case.num_bytes)], self._address)
+                read = agent.read_ranges(peer, HOST, [(address, case.num_bytes)], HOST, self._address)
                 while not agent.has_ended(read):
                     if pause_s:
                         time.sleep(pause_s)

@@ -87,7 +87,7 @@ def _offer_nixl(memory: HostKvMemory, stack: contextlib.ExitStack) -> tuple[byte
     from shared.transport.nixl_agent import NixlAgent
 
     agent = NixlAgent("loop-sender")
-    registered = agent.register(memory.region.address, memory.region.data.nbytes)
+    registered = agent.register(memory.flat)
     stack.callback(agent.deregister, registered)
 
     def make_progress(pipe: Connection, pause_s: float) -> None:

@@ -8,6 +8,7 @@ from shared.engine.engine_loop import Pool
 from shared.errors import AmpdError, ErrorCode
 from shared.transport.lanes import Lane, Lanes
 from shared.transport.names import TransportName
+from shared.transport.nixl_agent import NixlError, is_installed
 from shared.transport.region import can_share
 from shared.transport.shm_lane import ShmLane
 
@@ -32,12 +33,28 @@ def build_lanes(transport: TransportName, pool: Pool, worker_id: str) -> Lanes:
         case "shm":
             return Lanes([_build_shm(pool)], streams=False)
         case "nixl":
-            from shared.transport.nixl_lane import NixlLane  # loads UCX
-
-            return Lanes([NixlLane(pool, worker_id)], streams=False)
+            return Lanes([_build_nixl(pool, worker_id)], streams=False)
+        case "auto" if pool.region is not None:
+            return Lanes([_build_shm(pool)] if pool.region.is_shared else [])
         case "auto":
-            lanes: list[Lane] = [_build_shm(pool)] if pool.region is not None and pool.region.is_shared else []
-            return Lanes(lanes)
+            return Lanes(_try_nixl(pool, worker_id))
+
+
+def _try_nixl(pool: Pool, worker_id: str) -> list[Lane]:
+    """For KV on a device, where the package is installed: the sockets' way goes through host memory."""
+    if pool.flat is None or not is_installed():
+        return []
+    try:
+        return [_build_nixl(pool, worker_id)]
+    except NixlError as error:
+        log.warning("kv_not_by_nixl", reason=str(error), instead="sockets, through host memory")
+        return []
+
+
+def _build_nixl(pool: Pool, worker_id: str) -> Lane:
+    from shared.transport.nixl_lane import NixlLane  # loads UCX
+
+    return NixlLane(pool, worker_id)
 
 
 def _build_shm(pool: Pool) -> ShmLane:

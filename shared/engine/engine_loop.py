@@ -24,6 +24,7 @@ from shared.core.types import KvLayout, RoundKey, Segment
 from shared.engine.host_tier import HostKv, HostTier
 from shared.engine.step import StepItem
 from shared.errors import AmpdError, ErrorCode
+from shared.transport.flat_memory import FlatMemory
 from shared.transport.ranges import ByteRange
 from shared.transport.region import Region
 
@@ -34,6 +35,8 @@ class Pool(Protocol):
 
     @property
     def region(self) -> Region | None: ...
+    @property
+    def flat(self) -> FlatMemory | None: ...
     def segment_views(self, block_table: Sequence[int], segment: Segment) -> list[memoryview]: ...
     def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]: ...
 

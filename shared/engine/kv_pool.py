@@ -6,15 +6,16 @@ allocated: block tables are padded with it, and what is read from it is always m
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from shared.core.types import KvLayout, Segment
+from shared.engine.device_bytes import DeviceBytes, copying
 from shared.engine.host_memory import zero
 from shared.errors import AmpdError, ErrorCode, KvTransferError
+from shared.transport.flat_memory import FlatMemory, HostBytes
 from shared.transport.ranges import ByteRange, find_ranges, slice_views
 from shared.transport.region import Region, allocate_region
 
@@ -58,6 +59,7 @@ class KvPool:
             flat = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
         self.tensor = flat.view(shape)
         self._bytes = flat.view(torch.uint8)
+        self.flat: FlatMemory = HostBytes(self.region.data) if self.region is not None else DeviceBytes(self._bytes)
 
     @property
     def has_views(self) -> bool:
@@ -79,7 +81,7 @@ class KvPool:
         """A host copy of the segment's bytes, on any device (through pinned memory from CUDA)."""
         staging = self._staging(segment)
         offset = 0
-        with self._copying():
+        with copying(self._bytes.device):
             for start, stop in self.byte_ranges(block_table, segment):
                 staging[offset : offset + stop - start].copy_(self._bytes[start:stop], non_blocking=True)
                 offset += stop - start
@@ -99,7 +101,7 @@ class KvPool:
             )
         _view_bytes(staging)[:] = source
         offset = 0
-        with self._copying():
+        with copying(self._bytes.device):
             for start, stop in self.byte_ranges(block_table, segment):
                 self._bytes[start:stop].copy_(staging[offset : offset + stop - start], non_blocking=True)
                 offset += stop - start
@@ -107,18 +109,6 @@ class KvPool:
     def _staging(self, segment: Segment) -> torch.Tensor:
         pinned = self.device.startswith("cuda")
         return torch.empty(segment.num_bytes(self.layout), dtype=torch.uint8, pin_memory=pinned)
-
-    @contextlib.contextmanager
-    def _copying(self) -> Iterator[None]:
-        """On CUDA a stream beside that of the forward pass, which is not waited for: what is read has been announced,
-        and what is written nobody computes with yet. The copies are done at the end."""
-        if not self.device.startswith("cuda"):
-            yield
-            return
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
 
     def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]:
         """Byte ranges of the pool, in the order Segment defines. Raises KvTransferError as segment_views."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shared.core.types import KvLayout, Segment
 from shared.engine.kv_pool import check_num_blocks, check_segment
 from shared.errors import ErrorCode, KvTransferError
+from shared.transport.flat_memory import FlatMemory
 from shared.transport.ranges import ByteRange
 from shared.transport.region import Region
 
@@ -29,6 +30,7 @@ class ShardedKvPool:
     has_views = False
     device = "cpu"
     region: Region | None = None  # in which the pool would lie as Segment orders it
+    flat: FlatMemory | None = None
 
     def __init__(self, layout: KvLayout, num_blocks: int, regions: Sequence[Region]) -> None:
         check_num_blocks(num_blocks)

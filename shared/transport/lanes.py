@@ -17,6 +17,7 @@ from typing import Protocol
 from shared.core.types import KvLayout, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
+from shared.transport.flat_memory import FlatMemory
 from shared.transport.protocol import Digest, KvMemory
 from shared.transport.ranges import ByteRange
 from shared.transport.region import Region
@@ -25,19 +26,22 @@ STREAM = "stream"
 
 
 class OneSidedMemory(KvMemory, Protocol):
-    """A pool that can be read by address. `region`: None where it is not in host memory."""
+    """A pool that can be read by address. `flat`: None where its bytes are not in Segment's order. `region`: None where
+    it is not in one piece of host memory."""
 
     @property
     def region(self) -> Region | None: ...
+    @property
+    def flat(self) -> FlatMemory | None: ...
     def byte_ranges(self, block_table: Sequence[int], segment: Segment) -> list[ByteRange]: ...
 
 
 class Reading(Protocol):
     """Bytes of the sender's pool on their way."""
 
-    def finish(self, views: Sequence[memoryview], digest: Digest) -> None:
-        """Fill the views, and add their bytes to the digest. Raises KvTransferError; then nothing of this reading
-        touches the views any more."""
+    def finish(self, targets: Sequence[ByteRange], digest: Digest) -> None:
+        """Put them there in this worker's pool, and add a sample to the digest. Raises KvTransferError; then nothing of
+        this reading touches the pool any more."""
         ...
 
     def abandon(self) -> None:
@@ -46,8 +50,9 @@ class Reading(Protocol):
 
 
 class RemotePool(Protocol):
-    """The pool of a peer, as its receivers read it; any number of threads."""
+    """The pool of a peer, as its receivers read it; any number of threads. `memory`: into which they read."""
 
+    memory: OneSidedMemory
     num_bytes: int
     max_frame_bytes: int  # that can be read at once
     description: str  # of the way the bytes take: for the log and the status
@@ -67,7 +72,7 @@ class Lane(Protocol):
     memory: OneSidedMemory
     chunk_bytes: int  # of a frame's payload, unless one block of one layer is larger
 
-    def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
+    def add_to_digest(self, digest: Digest, ranges: Sequence[ByteRange]) -> None:
         """Sender: of a frame's bytes, in the pool, what its receiver adds when it has them."""
         ...
 

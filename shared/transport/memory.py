@@ -8,6 +8,7 @@ import numpy as np
 
 from shared.core.types import KvLayout, Segment
 from shared.errors import ErrorCode, KvTransferError
+from shared.transport.flat_memory import HostBytes
 from shared.transport.ranges import ByteRange, find_ranges, slice_views
 from shared.transport.region import allocate_region
 
@@ -21,6 +22,7 @@ class HostKvMemory:
     def __init__(self, layout: KvLayout, num_blocks: int, *, shared: bool = False) -> None:
         self.layout = layout
         self.region = allocate_region(num_blocks * layout.bytes_per_block, shared=shared)
+        self.flat = HostBytes(self.region.data)
         shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.slot_bytes)
         self.blocks = np.frombuffer(self.region.data, dtype=np.uint8).reshape(shape)
         self.blocks.fill(0)  # first touch here, not in the first transfer

@@ -12,17 +12,31 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 from shared.errors import AmpdError, ErrorCode
+from shared.transport.flat_memory import FlatMemory, Kind
 
 PACKAGES = ("nixl_cu13", "nixl_cu12")
 _LANES = re.compile(r"cfg#\d+\s+(.*\S)")
 _LOG_PREFIX = "ampd-ucx-"
-_HOST = "DRAM"
 
 Blocks = NewType("Blocks", object)  # a prepared list of equal pieces of memory
 Read = NewType("Read", object)
+
+
+class Place(NamedTuple):
+    """What memory an address is of."""
+
+    kind: Kind
+    device_index: int
+
+    @classmethod
+    def of(cls, memory: FlatMemory) -> Place:
+        return cls(memory.kind, memory.device_index)
+
+
+HOST = Place("DRAM", 0)
 
 
 class NixlError(Exception):
@@ -55,9 +69,11 @@ class NixlAgent:
         )
         self._agent = library.nixl_agent(name, config)
 
-    def register(self, address: int, num_bytes: int) -> Any:
+    def register(self, memory: FlatMemory) -> Any:
         with _typed():
-            return self._agent.register_memory([(address, num_bytes, 0, "")], _HOST)
+            return self._agent.register_memory(
+                [(memory.address, memory.num_bytes, memory.device_index, "")], memory.kind
+            )
 
     def deregister(self, registered: Any) -> None:
         with _typed():
@@ -78,10 +94,11 @@ class NixlAgent:
         with _typed():
             self._agent.remove_remote_agent(name)
 
-    def prepare(self, peer: str, addresses: Sequence[int], num_bytes: int) -> Blocks:
+    def prepare(self, peer: str, place: Place, addresses: Sequence[int], num_bytes: int) -> Blocks:
         """Pieces of num_bytes each, of a peer's memory, or of our own ("")."""
+        pieces = [(one, num_bytes, place.device_index) for one in addresses]
         with _typed():
-            return Blocks(self._agent.prep_xfer_dlist(peer, [(one, num_bytes, 0) for one in addresses], _HOST))
+            return Blocks(self._agent.prep_xfer_dlist(peer, pieces, place.kind))
 
     def release(self, blocks: Blocks) -> None:
         with _typed():
@@ -92,17 +109,19 @@ class NixlAgent:
             read = self._agent.make_prepped_xfer("READ", targets, list(into), sources, list(which))
         return self._start(read)
 
-    def read_ranges(self, peer: str, sources: Sequence[tuple[int, int]], address: int) -> Read:
+    def read_ranges(
+        self, peer: str, there: Place, sources: Sequence[tuple[int, int]], here: Place, address: int
+    ) -> Read:
         """(address, num_bytes) of the peer's, one after another to `address`."""
         targets = []
         for _, num_bytes in sources:
-            targets.append((address, num_bytes, 0))
+            targets.append((address, num_bytes, here.device_index))
             address += num_bytes
         with _typed():
             read = self._agent.initialize_xfer(
                 "READ",
-                self._agent.get_xfer_descs(targets, _HOST),
-                self._agent.get_xfer_descs([(*source, 0) for source in sources], _HOST),
+                self._agent.get_xfer_descs(targets, here.kind),
+                self._agent.get_xfer_descs([(*source, there.device_index) for source in sources], there.kind),
                 peer,
             )
         return self._start(read)

@@ -1,7 +1,7 @@
 """nixl: the receiver reads the sender's pool with NVIDIA's NIXL, over what its UCX finds best between the two.
 
-That is CMA within a host, RDMA or TCP between hosts; on GPUs cuda_ipc and GPUDirect RDMA, but pools here are in host
-memory: device pools are to come.
+That is CMA within a host, RDMA or TCP between hosts; on GPUs cuda_ipc and GPUDirect RDMA, from device memory to device
+memory (not run on a GPU yet).
 
 A NIXL read cannot be stopped: one that is given up may still write long afterwards. So reads go into slots of this
 worker, and from there into the blocks; a slot whose read is given up is in quarantine until the read has ended. NIXL's
@@ -22,17 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
-import numpy as np
 import structlog
 
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
+from shared.transport.flat_memory import Kind, add_sample, pair_ranges
 from shared.transport.lanes import OneSidedMemory, count_frame_bytes
-from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Read, read_ucx_lanes
+from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Place, Read, read_ucx_lanes
 from shared.transport.protocol import Digest
 from shared.transport.ranges import ByteRange
-from shared.transport.region import allocate_region
-from shared.transport.shm_lane import add_sample, pair_pieces
 
 log = structlog.get_logger(__name__)
 
@@ -49,31 +47,31 @@ class _PoolBody(msgspec.Struct, frozen=True):
     agent: bytes
     address: int
     num_bytes: int
+    kind: Kind
+    device_index: int
 
 
 class NixlLane:
-    """See Lane. Raises AmpdError INVALID_REQUEST if NIXL is not there, or the pool is not in host memory."""
+    """See Lane. Raises AmpdError INVALID_REQUEST if NIXL is not there, or the pool is in several pieces; NixlError if
+    it will not have this memory."""
 
     name = "nixl"
 
     def __init__(self, memory: OneSidedMemory, worker_id: str, *, chunk_bytes: int = 16 << 20) -> None:
-        if memory.region is None:
-            raise AmpdError(ErrorCode.INVALID_REQUEST, "KV goes by nixl only from a pool in host memory yet")
+        if memory.flat is None:
+            raise AmpdError(ErrorCode.INVALID_REQUEST, "KV goes by nixl only from a pool that is in one piece")
         self.memory = memory
         self.chunk_bytes = chunk_bytes
-        layout = memory.layout
-        self._region = memory.region
-        self._block_bytes = layout.bytes_per_block
-        self.slot_bytes = count_frame_bytes(layout, chunk_bytes)
-        self._slots_region = allocate_region(NUM_SLOTS * self.slot_bytes, shared=False)
-        self.slots = np.frombuffer(self._slots_region.data, dtype=np.uint8).reshape(NUM_SLOTS, self.slot_bytes)
-        self.slots.fill(0)
+        self.flat = memory.flat
+        self._block_bytes = memory.layout.bytes_per_block
+        self.slot_bytes = count_frame_bytes(memory.layout, chunk_bytes)
+        self.slots = self.flat.allocate(NUM_SLOTS * self.slot_bytes)
+        self._place = Place.of(self.flat)
         self.agent = NixlAgent(f"{worker_id}:{secrets.token_hex(4)}")
-        self._registered = [
-            self.agent.register(region.address, region.data.nbytes) for region in (self._region, self._slots_region)
-        ]
+        self._registered = [self.agent.register(one) for one in (self.flat, self.slots)]
+        flat = self.flat
         self._body = msgspec.msgpack.encode(
-            _PoolBody(self.agent.metadata, self._region.address, self._region.data.nbytes)
+            _PoolBody(self.agent.metadata, flat.address, flat.num_bytes, flat.kind, flat.device_index)
         )
         self._slot_blocks = self._prepare_slots()
         self._changed = threading.Condition()
@@ -89,10 +87,10 @@ class NixlLane:
 
     def _prepare_slots(self) -> Blocks | None:
         """Those that begin at multiples of a block's bytes within each slot; None: no whole block fits into one."""
-        step, base = self._block_bytes, self._slots_region.address
+        step, base = self._block_bytes, self.slots.address
         starts = range(0, self.slot_bytes - step + 1, step)
         addresses = [base + slot * self.slot_bytes + start for slot in range(NUM_SLOTS) for start in starts]
-        return self.agent.prepare("", addresses, step) if addresses else None
+        return self.agent.prepare("", self._place, addresses, step) if addresses else None
 
     # ----------------------------------------------------------------------------------- as sender
 
@@ -105,8 +103,8 @@ class NixlLane:
     def hand_over(self, channel: Channel) -> None:
         """All has been told."""
 
-    def add_to_digest(self, digest: Digest, views: Sequence[memoryview]) -> None:
-        add_sample(digest, [np.frombuffer(view, dtype=np.uint8) for view in views])
+    def add_to_digest(self, digest: Digest, ranges: Sequence[ByteRange]) -> None:
+        add_sample(digest, self.flat, ranges)
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -136,7 +134,8 @@ class NixlLane:
                 try:
                     name = self.agent.add_peer(body.agent)
                     addresses = range(body.address, body.address + body.num_bytes, self._block_bytes)
-                    blocks = self.agent.prepare(name, addresses, self._block_bytes)
+                    place = Place(body.kind, body.device_index)
+                    blocks = self.agent.prepare(name, place, addresses, self._block_bytes)
                 except NixlError as error:
                     raise KvTransferError(
                         ErrorCode.KV_TRANSFER_FAILED, f"nixl cannot reach {peer[0]}: {error}"
@@ -174,7 +173,8 @@ class NixlLane:
             first = slot * (self.slot_bytes // step)
             return self.agent.read_blocks(self._slot_blocks, range(first, first + len(which)), pool.blocks, which)
         sources = [(pool.address + start, stop - start) for start, stop in ranges]
-        return self.agent.read_ranges(pool.agent_name, sources, self._slots_region.address + slot * self.slot_bytes)
+        address = self.slots.address + slot * self.slot_bytes
+        return self.agent.read_ranges(pool.agent_name, pool.place, sources, self._place, address)
 
     # ------------------------------------------------------------------------------ the lane's thread
 
@@ -238,7 +238,9 @@ class NixlPool:
     def __init__(self, lane: NixlLane, agent_name: str, body: _PoolBody, blocks: Blocks) -> None:
         self._lane = lane
         self.agent_name = agent_name
+        self.memory = lane.memory
         self.address = body.address
+        self.place = Place(body.kind, body.device_index)
         self.num_bytes = body.num_bytes
         self.max_frame_bytes = lane.slot_bytes
         self.description = "nixl"
@@ -318,17 +320,16 @@ class NixlReading:
 
     # the pull's thread
 
-    def finish(self, views: Sequence[memoryview], digest: Digest) -> None:
+    def finish(self, targets: Sequence[ByteRange], digest: Digest) -> None:
         try:
             while not self._ended.wait(WAKE_S):
                 self._check()
             if self._failure:
                 raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
-            source = self._lane.slots[self._slot, : sum(stop - start for start, stop in self._ranges)]
-            targets = [np.frombuffer(view, dtype=np.uint8) for view in views]
-            for target, piece in pair_pieces(targets, [source]):
-                np.copyto(target, piece)
-            add_sample(digest, targets)
+            lane, start = self._lane, self._slot * self._lane.slot_bytes
+            source = [ByteRange(start, start + sum(one.stop - one.start for one in targets))]
+            lane.flat.copy_from(lane.slots, list(pair_ranges(targets, source)))
+            add_sample(digest, lane.flat, targets)
         finally:
             self.abandon()
         self._pool.note_lanes()

@@ -222,10 +222,11 @@ class _Incoming:
 
     def _finish_reading(self) -> None:
         assert self._reading is not None
+        assert self._pool is not None
         segment, described, reading = self._reading
         self._reading = None
         self.digest.update(described)
-        reading.finish(self._memory.segment_views(self._request.block_table, segment), self.digest)
+        reading.finish(self._pool.memory.byte_ranges(self._request.block_table, segment), self.digest)
         with contextlib.suppress(ConnectionLost):  # a sender that has given up says why in the trailer
             self._channel.send([memoryview(encode_header(FrameKind.COPIED, self._name, segment, 0))])
         self._count(segment)

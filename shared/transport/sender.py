@@ -91,12 +91,13 @@ class RangeSender:
     def send(self, segment: Segment) -> None:
         while len(self._uncopied) >= MAX_UNCOPIED_FRAMES:
             self._await_copied()
-        body = encode_ranges(self._memory.byte_ranges(self._lease.block_table, segment))
+        ranges = self._memory.byte_ranges(self._lease.block_table, segment)
+        body = encode_ranges(ranges)
         header = encode_header(FrameKind.RANGES, self._name, segment, len(body))
         self._channel.send([memoryview(header + body)])
         self._uncopied.append(segment)
         self.digest.update(header + body)
-        self._lane.add_to_digest(self.digest, self._memory.segment_views(self._lease.block_table, segment))
+        self._lane.add_to_digest(self.digest, ranges)
         self.num_bytes += segment.num_bytes(self._memory.layout)
 
     def finish(self) -> None:

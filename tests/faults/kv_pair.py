@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from kv_proxy import FaultProxy, Tamper
 
 from shared.core.types import KvLayout, RoundKey, Segment
+from shared.engine.device_bytes import DeviceBytes
 from shared.errors import KvTransferError
 from shared.transport.client import KvClient, PullRequest
 from shared.transport.lanes import Lanes
@@ -40,7 +42,9 @@ def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int]) -> La
             shm = ShmLane(memory)
             shm.chunk_bytes = CHUNK_BYTES  # as many frames as the others have
             return Lanes([shm], streams=False)
-        case "nixl":
+        case "nixl" | "nixl-torch":
+            if family == "nixl-torch":  # as a pool on a device is copied and sampled
+                memory.flat = DeviceBytes(torch.frombuffer(memory.region.data, dtype=torch.uint8))  # type: ignore[assignment]
             return Lanes([NixlLane(memory, worker[0], chunk_bytes=CHUNK_BYTES)], streams=False)
         case _:
             return Lanes()

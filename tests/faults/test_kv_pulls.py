@@ -86,6 +86,17 @@ async def test_layers_travel_while_the_producer_computes(family: str, tmp_path: 
         assert await pair.ended(lease) is LeaseEnd.DELIVERED
 
 
+@pytest.mark.parametrize("family", ["nixl-torch"], indirect=True)
+async def test_a_pool_that_torch_copies_moves_the_same_bytes(family: str, tmp_path: Path) -> None:
+    """On the CPU; tests/gpu has it on a device."""
+    async with KvPair(family, tmp_path, layout=LARGE) as pair:
+        lease = pair.grant(5, 37 * 16 - 3)
+        request = pair.request(lease)
+        await pair.client.start_pull(request).wait()
+        pair.assert_moved(lease, request)
+        assert await pair.ended(lease) is LeaseEnd.DELIVERED
+
+
 async def test_a_slow_producer_is_not_a_stalled_peer(family: str, tmp_path: Path) -> None:
     """Keep-alive frames alone outlast the progress timeout."""
     async with KvPair(family, tmp_path) as pair, pair.proxy(lambda n, frame, raw: [raw]) as proxy:

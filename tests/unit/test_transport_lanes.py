@@ -11,26 +11,30 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.core.types import KvLayout, Segment
+from shared.engine.device_bytes import DeviceBytes
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
+from shared.transport.flat_memory import (
+    LONG_BYTES,
+    LONG_STRIDE_BYTES,
+    SAMPLE_BYTES,
+    STRIDE_BYTES,
+    FlatMemory,
+    HostBytes,
+    add_sample,
+    pair_ranges,
+)
 from shared.transport.lanes import Lanes
 from shared.transport.memory import HostKvMemory
 from shared.transport.protocol import Digest, check_ranges_length, decode_ranges, encode_ranges
 from shared.transport.ranges import ByteRange, find_ranges
 from shared.transport.region import allocate_region, map_to_read
-from shared.transport.shm_lane import (
-    LONG_BYTES,
-    LONG_STRIDE_BYTES,
-    SAMPLE_BYTES,
-    STRIDE_BYTES,
-    ShmLane,
-    add_sample,
-    pair_pieces,
-)
+from shared.transport.shm_lane import ShmLane
 
 LAYOUT = KvLayout("m", 3, 2, 8, 4, "float32")
 
@@ -149,17 +153,30 @@ def test_a_length_that_no_ranges_have_is_refused_before_room_is_made(length: int
         check_ranges_length(length, Segment(0, 3, 0, 4), LAYOUT)
 
 
-# ------------------------------------------------------------------------------------- shm's digest
+# ------------------------------------------------------------------------------ copies and samples
 
 CUTS = st.lists(st.integers(0, 3 * STRIDE_BYTES), max_size=8)
 DATA = np.random.default_rng(3).integers(0, 256, 3 * STRIDE_BYTES + 100, dtype=np.uint8)
 
 
-def sample(cuts: list[int], data: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = DATA) -> bytes:
-    digest = Digest()
-    places = [0, *sorted(cuts), data.size]
-    add_sample(digest, [data[start:stop] for start, stop in itertools.pairwise(places)])
-    return digest.digest()
+def cut(places: list[int], size: int) -> list[ByteRange]:
+    edges = [0, *sorted(places), size]
+    return [ByteRange(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
+
+
+def flat_memories(data: bytes) -> list[FlatMemory]:
+    """The same bytes, as the host and as torch have them."""
+    return [HostBytes(memoryview(bytearray(data))), DeviceBytes(torch.frombuffer(bytearray(data), dtype=torch.uint8))]
+
+
+def sample(cuts: list[int], data: bytes = DATA.tobytes()) -> bytes:
+    digests = []
+    for memory in flat_memories(data):
+        digest = Digest()
+        add_sample(digest, memory, cut(cuts, len(data)))
+        digests.append(digest.digest())
+    assert digests[0] == digests[1]
+    return digests[0]
 
 
 @given(CUTS)
@@ -169,27 +186,30 @@ def test_a_sample_does_not_depend_on_how_the_bytes_are_cut(cuts: list[int]) -> N
 
 @given(CUTS, st.integers(0, 3), st.integers(0, SAMPLE_BYTES - 1))
 def test_a_sample_sees_every_page(cuts: list[int], stride: int, at: int) -> None:
-    changed = DATA.copy()
+    changed = bytearray(DATA.tobytes())
     changed[stride * STRIDE_BYTES + at] ^= 1
-    assert sample(cuts, changed) != sample(cuts)
+    assert sample(cuts, bytes(changed)) != sample(cuts)
 
 
 def test_a_sample_of_much_has_longer_strides() -> None:
-    data = np.zeros(LONG_BYTES + LONG_STRIDE_BYTES, dtype=np.uint8)
-    changed = data.copy()
+    data = bytes(LONG_BYTES + LONG_STRIDE_BYTES)
+    changed = bytearray(data)
     changed[3 * LONG_STRIDE_BYTES] = 1
-    assert sample([5, 70_000], data) == sample([], data) != sample([1_000_000], changed)
+    assert sample([5, 70_000], data) == sample([], data) != sample([1_000_000], bytes(changed))
 
 
-@given(CUTS, CUTS, st.integers(1, 5_000))
-def test_pieces_are_pairs_of_the_same_bytes(first: list[int], second: list[int], most: int) -> None:
-    def cut(places: list[int]) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
-        edges = [0, *sorted(places), DATA.size]
-        return [DATA[start:stop] for start, stop in itertools.pairwise(edges)]
-
-    pairs = list(pair_pieces(cut(first), cut(second), most))
-    assert all(np.array_equal(a, b) and 0 < a.size <= most for a, b in pairs)
-    assert np.array_equal(np.concatenate([a for a, _ in pairs]), DATA)
+@given(CUTS, CUTS)
+def test_copies_go_where_they_belong(first: list[int], second: list[int]) -> None:
+    size = DATA.size
+    pieces = list(pair_ranges(cut(first, size), cut(second, size)))
+    assert sum(num_bytes for _, _, num_bytes in pieces) == size
+    for source in flat_memories(DATA.tobytes()):
+        target = source.allocate(size)
+        target.copy_from(source, pieces)
+        assert target.gather(np.arange(size)) == DATA.tobytes()
+        shifted = source.allocate(size)
+        shifted.copy_from(source, list(pair_ranges([ByteRange(50, size)], [ByteRange(0, 30), ByteRange(80, size)])))
+        assert shifted.gather(np.arange(size)) == bytes(50) + DATA[:30].tobytes() + DATA[80:].tobytes()
 
 
 def test_ranges_join_where_blocks_lie_side_by_side() -> None:
