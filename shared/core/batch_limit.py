@@ -4,7 +4,7 @@ A batch that has outgrown its objective makes everybody in it late, new rounds t
 slower rounds stay longer. So it decodes as many as keep a step within the objective, those with the least slack first:
 who is ahead of its objective can wait for some steps. Who has fallen behind goes last, at once: least slack first has
 everybody miss by a little when there are too many. The oldest of them always has a place, so that each gets its turn.
-Where most are behind, there is nobody to keep on time: all decode, more tokens a second, until it is over.
+Where too few are on schedule, they are not worth what it costs: all decode, more tokens a second, until it is over.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from shared.core.step_costs import StepCosts
 
+MIN_ON_SCHEDULE = 0.4  # of a batch: with a half, one that has fallen behind together stays so (ADR 0008)
 BATCH_SHARE = 0.9  # of the ITL objective that a decode step may take, so that who is behind can catch up
 
 
@@ -40,10 +41,10 @@ def fits(costs: StepCosts, batch: int, mean_context: float, itl_slo_s: float) ->
 
 def choose_batch(costs: StepCosts, rounds: Sequence[Decoding], mean_context: float, now: float) -> list[int]:
     """Indices of those that decode next; there is one at least. An objective that one sequence alone would not meet
-    limits nobody, nor does that of a round which is behind; all decode where most are behind."""
+    limits nobody, nor does that of a round which is behind; all decode where too few are on schedule."""
     behind = [index for index, one in enumerate(rounds) if one.is_behind(now)]
     on_schedule = [index for index, one in enumerate(rounds) if not one.is_behind(now)]
-    protected = on_schedule if len(on_schedule) >= len(behind) else []
+    protected = on_schedule if len(on_schedule) >= MIN_ON_SCHEDULE * len(rounds) else []
     objectives_s = (rounds[index].itl_slo_s for index in protected)
     itl_slo_s = min((one_s for one_s in objectives_s if fits(costs, 1, mean_context, one_s)), default=float("inf"))
     num_fitting = _count_fitting(costs, len(rounds), mean_context, itl_slo_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.core.batch_limit import BATCH_SHARE, Decoding, choose_batch, fits
+from shared.core.batch_limit import BATCH_SHARE, MIN_ON_SCHEDULE, Decoding, choose_batch, fits
 from shared.core.step_costs import StepCosts
 from shared.profile_files import load_profile
 
@@ -50,17 +50,18 @@ def test_who_is_behind_goes_last_but_for_the_oldest() -> None:
     assert set(chosen) == {4, 3, 2, *range(5, num + 2)}, "the others by age, as far as there is room"
 
 
-def test_where_most_are_behind_nobody_is_protected() -> None:
-    num = count_fitting() + 50
-    late = [decoding(-1.0)] * num
-    assert sorted(choose([*late, *[decoding(1.0)] * (num - 1)])) == list(range(2 * num - 1))
-    assert len(choose([*late, *[decoding(1.0)] * num])) == count_fitting()
+def test_where_too_few_are_on_schedule_nobody_is_protected() -> None:
+    num = 10 * (count_fitting() // 5)
+    num_protected = round(MIN_ON_SCHEDULE * num)
+    for num_on_schedule, num_decoding in ((num_protected - 1, num), (num_protected, count_fitting())):
+        rounds = [*[decoding(-1.0)] * (num - num_on_schedule), *[decoding(1.0)] * num_on_schedule]
+        assert len(choose(rounds)) == num_decoding
 
 
-def test_places_keep_their_order_where_most_are_behind() -> None:
+def test_places_keep_their_order_where_too_few_are_on_schedule() -> None:
     """A worker with fewer places takes the first of them: the oldest that is behind, then who is on schedule."""
-    chosen = choose([decoding(-1.0), decoding(-3.0), decoding(-2.0), decoding(2.0), decoding(1.0)])
-    assert chosen == [1, 4, 3, 2, 0]
+    chosen = choose([decoding(-1.0), decoding(-3.0), decoding(-2.0), decoding(2.0)])
+    assert chosen == [1, 3, 2, 0]
 
 
 def test_an_objective_that_nobody_could_meet_limits_nobody() -> None:
