@@ -255,8 +255,9 @@ def test_a_worker_with_the_emulated_engine_never_imports_torch(tmp_path: Path) -
         "import sys\n"
         "from services.worker.app import build_parser\n"
         "from services.worker.engines import load_engine\n"
+        "from services.worker.kv_lanes import build_lanes\n"
         "engine = load_engine(build_parser('decode').parse_args(['--engine=emulated', '--profile=p.json']))\n"
-        "engine.make_kv_client('w', 1)\n"
+        "engine.make_kv_client('w', 1, build_lanes('auto', engine.runner.pool, 'w'))\n"
         "sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
