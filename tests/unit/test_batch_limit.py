@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +54,7 @@ def test_who_is_behind_goes_last_but_for_the_oldest() -> None:
 
 def test_where_too_few_are_on_schedule_nobody_is_protected() -> None:
     num = 10 * (count_fitting() // 5)
-    num_protected = round(MIN_ON_SCHEDULE * num)
+    num_protected = ceil(MIN_ON_SCHEDULE * num)
     for num_on_schedule, num_decoding in ((num_protected - 1, num), (num_protected, count_fitting())):
         rounds = [*[decoding(-1.0)] * (num - num_on_schedule), *[decoding(1.0)] * num_on_schedule]
         assert len(choose(rounds)) == num_decoding
