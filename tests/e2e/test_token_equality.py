@@ -39,7 +39,7 @@ async def test_every_policy(policy: str, start_cluster: Any, planned_sessions: A
     await cluster.assert_everything_returned()
 
 
-@pytest.mark.parametrize(("transport", "lane"), [("auto", "shm"), ("tcp", "unix"), ("shm", "shm"), ("nixl", "nixl")])
+@pytest.mark.parametrize(("transport", "lane"), [("auto", "shm"), ("tcp", "unix"), ("nixl", "nixl")])
 async def test_every_way_that_kv_moves(
     transport: str, lane: str, start_cluster: Any, planned_sessions: Any, play_session: Any
 ) -> None:
