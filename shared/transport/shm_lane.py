@@ -38,9 +38,7 @@ class ShmLane:
         self._region = memory.region
         self._flat = HostBytes(memory.region.data)
         self._lock = threading.Lock()
-        self._mapped: weakref.WeakValueDictionary[tuple[int, int], MappedPool] = (
-            weakref.WeakValueDictionary()
-        )  # by file
+        self._mapped: weakref.WeakValueDictionary[tuple[int, int], MappedPool] = weakref.WeakValueDictionary()
 
     def add_to_digest(self, digest: Digest, ranges: Sequence[ByteRange]) -> None:
         add_sample(digest, self._flat, ranges)
@@ -57,7 +55,7 @@ class ShmLane:
     def open(self, channel: Channel, peer: tuple[str, int], description: bytes) -> MappedPool:
         descriptor = channel.receive_descriptor()
         try:
-            status = os.fstat(descriptor)
+            status = os.fstat(descriptor)  # a file is known by its device and number, whatever name its owner has
             with self._lock:
                 pool = self._mapped.get((status.st_dev, status.st_ino))
                 if pool is None:

@@ -44,6 +44,19 @@ def test_kv_is_shown_as_used_evictable_and_free(
     assert worker["heartbeat"]["num_free_blocks"] == num_free
 
 
+def test_which_way_kv_came_is_shown() -> None:
+    status = status_of(kv_pulled={"nixl am(tcp/lo cma/memory)": 2_000_000, "unix": 1_500_000})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(Group(*describe_status(status)))
+    shown = "KV pulled: decode-0 2.0 MB by nixl am(tcp/lo cma/memory), decode-0 1.5 MB by unix"
+    assert shown in console.file.getvalue()
+    (worker,) = status_for_programs(status)["workers"]
+    assert worker["heartbeat"]["kv_pulled"]["unix"] == 1_500_000
+    console = Console(file=io.StringIO(), width=200)
+    console.print(Group(*describe_status(status_of())))
+    assert "KV pulled" not in console.file.getvalue()
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_nothing_of_a_worker_is_cut_off_at_the_width_of_a_terminal(width: int) -> None:
     status = status_of(

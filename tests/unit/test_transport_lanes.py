@@ -8,6 +8,7 @@ import mmap
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from shared.transport.flat_memory import (
 )
 from shared.transport.lanes import Lanes
 from shared.transport.memory import HostKvMemory
+from shared.transport.nixl_agent import read_ucx_lanes
 from shared.transport.protocol import Digest, check_ranges_length, decode_ranges, encode_ranges
 from shared.transport.ranges import ByteRange, find_ranges
 from shared.transport.region import allocate_region, map_to_read
@@ -217,3 +219,13 @@ def test_ranges_join_where_blocks_lie_side_by_side() -> None:
         ByteRange(2 * LAYOUT.bytes_per_block, 4 * LAYOUT.bytes_per_block),
         ByteRange(LAYOUT.bytes_per_block, 2 * LAYOUT.bytes_per_block),
     ]
+
+
+def test_the_lanes_that_ucx_says_it_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest: what a peer's connection has got, after what UCX has for itself."""
+    monkeypatch.setenv("UCX_LOG_FILE", str(tmp_path / "ucx.log"))
+    assert "unknown" in read_ucx_lanes()
+    line = "[1.2] [vm:9:0] ucp_worker.c:1997 UCX  INFO    w {} cfg#{} rma_am(tcp/lo)  am({})  ka(tcp/lo)\n"
+    text = line.format("self", 0, "tcp/lo") + line.format("intra-node", 1, "tcp/lo cma/memory")
+    (tmp_path / "ucx.log").write_text(text)
+    assert read_ucx_lanes() == "rma_am(tcp/lo) am(tcp/lo cma/memory) ka(tcp/lo)"
