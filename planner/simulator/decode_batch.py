@@ -12,7 +12,7 @@ from bisect import bisect_right
 from planner.simulator.kv_memory import SimKv
 from planner.simulator.rolling_mean import RollingMean
 from planner.simulator.rounds import SimRound
-from shared.core.batch_limit import Decoding, choose_batch, fits
+from shared.core.batch_limit import Decoding, choose_batch, may_all_decode
 from shared.core.policies import SchedulingPolicy
 from shared.core.step_costs import StepCosts
 
@@ -82,7 +82,7 @@ class DecodeBatch:
                 self.joining.append(round_)
 
     def _has_place_for_all(self, num_rounds: int, num_tokens: int) -> bool:
-        fits_objective = fits(self._costs, num_rounds, num_tokens / num_rounds, self._itl_slo_s)
+        fits_objective = may_all_decode(self._costs, num_rounds, num_tokens / num_rounds, self._itl_slo_s)
         return num_rounds <= self._max_batch and fits_objective
 
     def _count_produced(self, round_: SimRound) -> int:

@@ -10,9 +10,11 @@ from planner.simulator.history_fetcher import HistoryFetcher
 from planner.simulator.kv_memory import KvMemory
 from planner.simulator.preemption import Preemption
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
-from shared.core.chunking import budget_prefill_tokens, fit_chunks, predict_stretch
+from shared.core.chunk_prediction import predict_stretch
+from shared.core.chunking import fit_chunks
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import AgedRoom, PrefillOrder
+from shared.core.slack_saving import SlackSaver
 from shared.core.step_costs import StepCosts
 
 Chunk = tuple[SimPrefill, int]  # so many tokens of it
@@ -44,17 +46,21 @@ class PrefillPlanner:
         self._policy = policy
         self.room = AgedRoom()  # of the worker's memory, whoever takes from it
         self._order = PrefillOrder(policy.order, self.room)
+        self._saver = SlackSaver()
+        self._num_steps_alike = 0  # that the last budget holds for; 0: any number
         self._forced: SimPrefill | None = None  # has been given the room of all others: keeps it
         self._itl_slo_s = itl_slo_s
         self._max_batch = max_batch
         self._pauses = pauses
 
-    def plan(self, now: float) -> tuple[list[Chunk], int]:
-        """The prefills of the next step, in the policy's order, and what each computes; and the step's budget."""
+    def plan(self, now: float) -> tuple[list[Chunk], int, int]:
+        """The prefills of the next step, in the policy's order, and what each computes; the step's budget; and how many
+        such steps there are to be at most (0: as many as the caller likes)."""
+        self._num_steps_alike = 0
         chunks, budget = self._fill_budget(self._admit(now), now)
         if not chunks and self._batch.size == 0:
             chunks, budget = self._fill_budget(self._force_oldest(now), now)
-        return chunks, budget
+        return chunks, budget, self._num_steps_alike
 
     def clear(self) -> None:
         """The worker has died."""
@@ -153,7 +159,9 @@ class PrefillPlanner:
         if not ready:
             return [], 0
         batch = self._batch
-        budget = self._choose_budget(ready[0].kv.num_tokens)
+        budget = self._choose_budget(ready)
+        if not budget:
+            return [], 0
         self._order.note_turn(ready[0].waiting)
         ready = ready[: max(1, self._max_batch - batch.size)]
         sizes = fit_chunks(
@@ -176,7 +184,8 @@ class PrefillPlanner:
         # a preemption may have taken a prefill that was chosen before it
         return [(prefill, size) for prefill, size in chunks if prefill in self._queue.admitted], budget
 
-    def _choose_budget(self, num_history: int) -> int:
+    def _choose_budget(self, ready: list[SimPrefill]) -> int:
+        num_history = ready[0].kv.num_tokens
         parameters, batch = self._policy.chunk, self._batch.size
         mean_context = self._batch.mean_context
         itl_slo_s = self._itl_slo_s
@@ -186,14 +195,17 @@ class PrefillPlanner:
             if parameters.chunk == "slack":
                 fitting = self._costs.largest_chunk(0, 0.0, num_history, parameters.itl_share * itl_slo_s)
                 return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
-        return budget_prefill_tokens(
+        budget, self._num_steps_alike = self._saver.choose_budget(
             parameters,
             self._costs,
+            step=self._batch.tick,
             batch=batch,
             mean_context=mean_context,
             itl_slo_s=itl_slo_s,
             num_history=num_history,
+            num_waiting=sum(prefill.num_missing for prefill in ready),
         )
+        return budget
 
     def is_aged_turn(self, prefill: SimPrefill) -> bool:
         """It runs out of order, for one step."""

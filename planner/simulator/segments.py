@@ -84,13 +84,14 @@ class Segments:
         batch.begin_joining(now)
         while True:
             can_prefill = queue.waiting and not self._owes_decode()
-            chunks, budget = self._planner.plan(now) if can_prefill else ([], 0)
+            chunks, budget, most_steps = self._planner.plan(now) if can_prefill else ([], 0, 0)
             num_decoding = 0 if chunks and self._pauses else batch.size
             if num_decoding == 0 and not chunks:
                 if queue.waiting:
                     worker.wait_for_room(now)
                 return
             num_steps = self._count_chunk_steps(chunks, budget) if chunks else MAX_SEGMENT_STEPS
+            num_steps = min(num_steps, most_steps or MAX_SEGMENT_STEPS)
             if num_decoding:
                 num_steps = min(num_steps, batch.next_finish() - batch.tick)
             if chunks or self._memory.make_room(num_decoding * num_steps, now):

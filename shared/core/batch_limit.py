@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from shared.core.step_costs import StepCosts
 
 MIN_ON_SCHEDULE = 0.45  # of a batch: with a half, one that has fallen behind together stays so (ADR 0008)
+ALL_SHARE = 0.95  # of the ITL objective that a decode step of all may take
 BATCH_SHARE = 0.9  # of the ITL objective that a decode step may take, so that who is behind can catch up
 
 
@@ -34,8 +35,12 @@ class Decoding:
         return self.slack_s(now) < 0.0
 
 
-def fits(costs: StepCosts, batch: int, mean_context: float, itl_slo_s: float) -> bool:
-    """Whether a decode step of so many keeps to its share of the objective."""
+def may_all_decode(costs: StepCosts, batch: int, mean_context: float, itl_slo_s: float) -> bool:
+    """Whether a decode step of all is fast enough, if only just."""
+    return costs.decode_step_s(batch, mean_context) <= ALL_SHARE * itl_slo_s
+
+
+def _fits(costs: StepCosts, batch: int, mean_context: float, itl_slo_s: float) -> bool:
     return costs.decode_step_s(batch, mean_context) <= BATCH_SHARE * itl_slo_s
 
 
@@ -46,7 +51,7 @@ def choose_batch(costs: StepCosts, rounds: Sequence[Decoding], mean_context: flo
     on_schedule = [index for index, one in enumerate(rounds) if not one.is_behind(now)]
     protected = on_schedule if len(on_schedule) >= MIN_ON_SCHEDULE * len(rounds) else []
     objectives_s = (rounds[index].itl_slo_s for index in protected)
-    itl_slo_s = min((one_s for one_s in objectives_s if fits(costs, 1, mean_context, one_s)), default=float("inf"))
+    itl_slo_s = min((one_s for one_s in objectives_s if _fits(costs, 1, mean_context, one_s)), default=float("inf"))
     num_fitting = _count_fitting(costs, len(rounds), mean_context, itl_slo_s)
     behind.sort(key=lambda index: rounds[index].first_token_at)
     on_schedule.sort(key=lambda index: rounds[index].slack_s(now))
@@ -55,12 +60,12 @@ def choose_batch(costs: StepCosts, rounds: Sequence[Decoding], mean_context: flo
 
 def _count_fitting(costs: StepCosts, most: int, mean_context: float, itl_slo_s: float) -> int:
     """One at least."""
-    if fits(costs, most, mean_context, itl_slo_s):
+    if _fits(costs, most, mean_context, itl_slo_s):
         return most
     low, high = 1, most  # fits, or is one; does not
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(costs, middle, mean_context, itl_slo_s):
+        if _fits(costs, middle, mean_context, itl_slo_s):
             low = middle
         else:
             high = middle

@@ -14,7 +14,8 @@ from dataclasses import replace
 from functools import partial
 from math import inf
 
-from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks, predict_stretch
+from shared.core.chunk_prediction import predict_stretch
+from shared.core.chunking import ChunkParameters, fit_chunks
 from shared.core.decode_choice import DecodingRounds, choose_decodes
 from shared.core.kv_blocks import BlockAllocator
 from shared.core.kv_memory import KvMemory
@@ -23,6 +24,7 @@ from shared.core.prefill_admission import PrefillAdmission, has_begun
 from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder
 from shared.core.retention import RetentionName
 from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
+from shared.core.slack_saving import SlackSaver
 from shared.core.step_prediction import StepPredictor
 from shared.core.types import RoundKey, SessionKey
 
@@ -49,6 +51,8 @@ class Scheduler:
         self._sizes = ChunkParameters(chunk_tokens=chunk_tokens, max_prefill_tokens=max_prefill_tokens)
         self.room = AgedRoom()  # of the pool: shared by whoever else orders prefills that take from it
         self.order = PrefillOrder(OrderParameters(order="fcfs"), self.room)
+        self._saver = SlackSaver()
+        self._num_steps = 0  # planned so far
         self.follow(ChunkParameters(), OrderParameters(order="fcfs"), "lru", StepPredictor())
         self._restores: list[Sequence] = []  # to be begun
 
@@ -104,6 +108,7 @@ class Scheduler:
 
     def plan_step(self, now: float = 0.0) -> list[PlannedItem]:
         """The items of the next step; every one has its blocks. Empty when nothing can run."""
+        self._num_steps += 1
         decodes = self._choose_decodes(now)
         chosen = {id(s): PlannedItem(s, 1, True) for s in decodes if self._make_room(s, 1, now)}
         waiting = [s for s in self._ready() if s.kv.num_missing > 1]
@@ -150,14 +155,17 @@ class Scheduler:
         if not prefills:
             return 0
         beside = DecodingRounds.of(decodes)
-        return budget_prefill_tokens(
+        budget, _ = self._saver.choose_budget(
             self.chunk,
             self.predictor.costs,
+            step=self._num_steps,
             batch=beside.batch,
             mean_context=beside.mean_context,
             itl_slo_s=beside.itl_slo_s,
             num_history=prefills[0].kv.num_kv,
+            num_waiting=sum(sequence.kv.num_missing for sequence in prefills),
         )
+        return budget
 
     def _plan_prefill(
         self, sequence: Sequence, budget: int, behind: Behind, chosen: dict[int, PlannedItem], now: float

@@ -58,21 +58,6 @@ def may_stage(
     return num_staged < 2 or (num_staged < max_staged and num_tokens < 2 * parameters.max_prefill_tokens)
 
 
-def predict_stretch(
-    parameters: ChunkParameters, costs: StepCosts, *, batch: int, mean_context: float, itl_slo_s: float
-) -> float:
-    """How much longer a queue of prefills takes in steps beside `batch` decodes than its work alone (see `work_s`): the
-    time of a full step over the work of the tokens that fill it."""
-    if batch == 0:
-        return 1.0
-    num_tokens = parameters.chunk_tokens
-    if parameters.chunk == "slack":
-        num_tokens = costs.count_fitting_tokens(batch, mean_context, parameters.itl_share * itl_slo_s)
-        num_tokens = max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, num_tokens))
-    step_s = costs.step_s(batch, mean_context, ((0, num_tokens),))
-    return max(1.0, step_s / costs.work_s(0, num_tokens))
-
-
 def fit_chunks(
     parameters: ChunkParameters,
     costs: StepCosts | None,
@@ -87,29 +72,29 @@ def fit_chunks(
     """Tokens for each of `prefills` (history, missing), in order, within `budget_tokens`. time_left_s: until the first
     token of each is due.
 
-    With slack the step as a whole keeps to its share of the ITL objective: the attention of every further prefill takes
-    time that the first one's budget does not know of, so the last chunks give way.
+    With slack the step as a whole takes no longer than if the first prefill had all of the budget: the attention of
+    every further one takes time that the budget does not know of, so the last chunks give way.
     """
     chunks = split_budget([missing for _, missing in prefills], budget_tokens)
     if costs is None:
         return chunks
     if parameters.chunk == "slack" and batch:
-        _fit_slack(parameters, costs, prefills, chunks, batch, mean_context, itl_slo_s)
+        limit_s = parameters.itl_share * itl_slo_s
+        limit_s = max(limit_s, costs.step_s(batch, mean_context, ((prefills[0][0], min(budget_tokens, sum(chunks))),)))
+        _fit_slack(costs, prefills, chunks, batch, mean_context, limit_s)
     if parameters.keeps_on_time and len(chunks) > 1:
         _keep_on_time(costs, prefills, chunks, batch, mean_context, time_left_s)
     return chunks
 
 
 def _fit_slack(
-    parameters: ChunkParameters,
     costs: StepCosts,
     prefills: Sequence[tuple[int, int]],
     chunks: list[int],
     batch: int,
     mean_context: float,
-    itl_slo_s: float,
+    limit_s: float,
 ) -> None:
-    limit_s = parameters.itl_share * itl_slo_s
     while len(chunks) > 1:
         parts = [(history, chunk) for (history, _), chunk in zip(prefills, chunks, strict=False)]
         if costs.step_s(batch, mean_context, parts) <= limit_s:

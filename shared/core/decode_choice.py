@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shared.core.batch_limit import Decoding, choose_batch, fits
+from shared.core.batch_limit import Decoding, choose_batch, may_all_decode
 from shared.core.chunking import ChunkParameters
 from shared.core.sequences import Sequence
 from shared.core.step_costs import StepCosts
@@ -41,7 +41,7 @@ def choose_decodes(
         return ready[:max_batch]
     decoding = [_as_decoding(sequence, now) for sequence in rounds]
     everybody = DecodingRounds.of(rounds)
-    if fits(costs, everybody.batch, everybody.mean_context, everybody.itl_slo_s):
+    if may_all_decode(costs, everybody.batch, everybody.mean_context, everybody.itl_slo_s):
         return ready[:max_batch]
     chosen = [rounds[index] for index in choose_batch(costs, decoding, everybody.mean_context, now)]
     return [*(s for s in ready if not s.preemptible), *chosen][:max_batch]

@@ -9,7 +9,8 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from shared.core.chunking import ChunkParameters, predict_stretch
+from shared.core.chunk_prediction import predict_stretch
+from shared.core.chunking import ChunkParameters
 from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
 from shared.messages import Role, WindowStats

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from shared.core.chunk_prediction import predict_mixed_s
 from shared.core.chunking import ChunkParameters
 from shared.core.load import WorkerLoad, transfer_s
 from shared.messages import Slo
@@ -184,36 +185,18 @@ def predict_mixed_prefill(
     load: WorkerLoad, parameters: RoutingParameters, num_history: int, num_new: int, itl_slo_s: float
 ) -> float:
     """Seconds until `num_new` tokens are computed beside the worker's decodes."""
-    batch = len(load.decoding)
-    if batch == 0 or num_new <= 0:
+    if not load.decoding or num_new <= 0:
         return load.prefill_s(num_history, num_new)
-    chunk, context = parameters.chunk, load.mean_context
-    if chunk.chunk == "slack":
-        mixed_s = _predict_slack(load, chunk, context, num_history, num_new, itl_slo_s)
-    else:
-        num_steps = -(-num_new // chunk.chunk_tokens)
-        step = (num_history + num_new // 2, num_new // num_steps)
-        mixed_s = num_steps * load.costs.step_s(batch, context, (step,))
-    return load.prefill_correction * mixed_s
-
-
-def _predict_slack(
-    load: WorkerLoad, chunk: ChunkParameters, context: float, num_history: int, num_new: int, itl_slo_s: float
-) -> float:
-    batch, limit_s = len(load.decoding), chunk.itl_share * itl_slo_s
-    if num_new <= chunk.max_prefill_tokens:
-        whole_s = load.costs.step_s(batch, context, ((num_history, num_new),))
-        if whole_s <= limit_s:  # one step: most rounds of agents are so short
-            return whole_s
-    return load.costs.sliced_prefill_s(
-        batch,
-        context,
-        num_history,
-        num_new,
-        limit_s,
-        min_chunk=chunk.min_chunk_tokens,
-        max_chunk=chunk.max_prefill_tokens,
+    mixed_s = predict_mixed_s(
+        parameters.chunk,
+        load.costs,
+        batch=len(load.decoding),
+        mean_context=load.mean_context,
+        itl_slo_s=itl_slo_s,
+        num_history=num_history,
+        num_new=num_new,
     )
+    return load.prefill_correction * mixed_s
 
 
 def _wait_s(

@@ -91,6 +91,7 @@ class StepCosts:
 
     __slots__ = (
         "_attended",
+        "_efficient",
         "attend",
         "attend_floor_s",
         "decode_attend",
@@ -113,6 +114,7 @@ class StepCosts:
         self.attend_floor_s = self.attend(0, 1)
         self.token_s = self.linear(FULL_STEP_TOKENS) / FULL_STEP_TOKENS
         self._attended = (0, 1, self.attend_floor_s)
+        self._efficient: dict[tuple[int, float, int, int], int] = {}
         self.parallel_degree = degree.parallel_degree
         self.num_kv_tokens = degree.num_kv_tokens
         self.kv_bytes_per_token = kv_bytes_per_token
@@ -200,6 +202,19 @@ class StepCosts:
         """Prefill tokens that fit a step of `limit_s` beside the decodes, whatever they attend to; never below 0."""
         rest_s = limit_s / self.scale - self.decode_attend(batch, mean_context) - self.attend_floor_s
         return max(0, int(self.linear.inverse(rest_s)) - batch)
+
+    def efficient_chunk(self, batch: int, share: float, least: int, most: int) -> int:
+        """The fewest prefill tokens, by doubling `least`, that cost a step beside `batch` decodes so little each that
+        `share` of the best rate up to `most` is reached; attention to a history aside, which costs the same in any
+        chunks."""
+        asked = (batch, share, least, most)
+        if asked not in self._efficient:
+            sizes = [least << power for power in range(32) if least << power <= max(least, most)]
+            decode_s = self.linear(batch) if batch else 0.0
+            rates = [size / (self.linear(batch + size) + self.attend_floor_s - decode_s) for size in sizes]
+            enough = share * max(rates)
+            self._efficient[asked] = next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
+        return self._efficient[asked]
 
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""

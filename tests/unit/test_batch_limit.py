@@ -7,7 +7,7 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.core.batch_limit import BATCH_SHARE, MIN_ON_SCHEDULE, Decoding, choose_batch, fits
+from shared.core.batch_limit import ALL_SHARE, BATCH_SHARE, MIN_ON_SCHEDULE, Decoding, choose_batch, may_all_decode
 from shared.core.step_costs import StepCosts
 from shared.profile_files import load_profile
 
@@ -27,13 +27,20 @@ def choose(rounds: list[Decoding]) -> list[int]:
 
 
 def count_fitting() -> int:
-    return next(n for n in range(1, 10_000) if not fits(COSTS, n + 1, CONTEXT, ITL_S))
+    return next(n for n in range(1, 10_000) if COSTS.decode_step_s(n + 1, CONTEXT) > BATCH_SHARE * ITL_S)
 
 
 def test_all_decode_while_a_step_keeps_to_the_objective() -> None:
     num = count_fitting()
     assert COSTS.decode_step_s(num, CONTEXT) <= BATCH_SHARE * ITL_S < COSTS.decode_step_s(num + 1, CONTEXT)
     assert sorted(choose([decoding(1.0)] * num)) == list(range(num))
+
+
+def test_all_may_decode_a_little_beyond_what_a_limited_batch_takes() -> None:
+    """Else the last few per cent of the objective would be nobody's."""
+    most = next(n for n in range(1, 10_000) if not may_all_decode(COSTS, n + 1, CONTEXT, ITL_S))
+    assert COSTS.decode_step_s(most, CONTEXT) <= ALL_SHARE * ITL_S < COSTS.decode_step_s(most + 1, CONTEXT)
+    assert most > count_fitting()
 
 
 def test_those_with_the_most_slack_wait() -> None:

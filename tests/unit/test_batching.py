@@ -123,13 +123,16 @@ def test_the_youngest_is_preempted_and_later_computed_again() -> None:
     assert young.kv.num_kv == produced
 
 
-def make_costs() -> StepCosts:
+STEPS = Curve(at=(0, 1000), s=(0.01, 1.01))
+
+
+def make_costs(linear: Curve = STEPS) -> StepCosts:
     """10 ms a step and 1 ms a token, attention for nothing; 100 tokens a second over the link, 1,000 from the host."""
     nothing = Grid(rows=(0, 1), columns=(0, 1), s=((0.0, 0.0), (0.0, 0.0)))
     degree = DegreeProfile(
         parallel_degree=1,
         num_kv_tokens=1000,
-        linear=Curve(at=(0, 1000), s=(0.01, 1.01)),
+        linear=linear,
         prefill_attention=nothing,
         decode_attention=nothing,
     )
@@ -204,6 +207,41 @@ def test_no_more_decode_than_their_objective_allows_and_each_gets_its_turn() -> 
     assert set(counts.values()) == {9}, "each waits a quarter of the steps"
     follow(scheduler, chunk=ChunkParameters())
     assert len(scheduler.plan_step(1.0)) == 12, "switched off"
+
+
+def test_all_decode_while_a_step_of_all_is_just_fast_enough() -> None:
+    """A step of ten takes 20 ms."""
+    scheduler = make_scheduler(num_blocks=400, prefill=512)
+    follow(scheduler, chunk=ChunkParameters(limits_batch=True))
+    sequences = [add_session(scheduler, f"s{number}", 2) for number in range(10)]
+    for itl_slo_s, num_decoding in ((0.0212, 10), (0.0209, 8)):
+        for sequence in sequences:
+            sequence.itl_slo_s = itl_slo_s
+        run_step(scheduler)
+        assert len(scheduler.plan_step(0.0)) == num_decoding
+
+
+def test_a_slack_chunk_that_would_waste_its_step_is_saved_up_for() -> None:
+    """64 tokens take 5 ms of a step, 256 take 10, and the batch leaves 2.5 of its 25: 256 in every second step."""
+    scheduler = make_scheduler(num_blocks=1_000, prefill=512)
+    steps = Curve(at=(0, 2, 3, 66, 258, 1_000), s=(0.0, 0.02, 0.024, 0.025, 0.03, 0.1))
+    costs = make_costs(linear=steps)
+    follow(scheduler, chunk=ChunkParameters(chunk="slack"), predictor=StepPredictor(costs))
+    decoding = [add_session(scheduler, f"d{number}", 3) for number in range(2)]
+    for sequence in decoding:
+        sequence.itl_slo_s = 0.025
+    run_step(scheduler)
+    add_session(scheduler, "long", 1_500, arrival=1.0)
+    sizes = []
+    for _ in range(10):
+        items = scheduler.plan_step(0.0)
+        assert [item.num_tokens for item in items[:2]] == [1, 1]
+        sizes.append(sum(item.num_tokens for item in items[2:]))
+        for item in items:
+            item.sequence.kv.num_kv += item.num_tokens
+            if item.num_tokens == 1:
+                item.sequence.kv.tokens.append(1)
+    assert sizes == [256, 0] * 5
 
 
 def test_who_has_aged_gets_a_turn_among_those_in_time() -> None:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.core.chunk_prediction import predict_stretch
 from shared.core.chunking import (
     QUANTUM,
     ChunkParameters,
     budget_prefill_tokens,
     fit_chunks,
-    predict_stretch,
     split_budget,
 )
 from shared.core.step_costs import StepCost, StepCosts
