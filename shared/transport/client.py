@@ -1,7 +1,7 @@
 """The receiving side's threads and connections: pulls started from the asyncio loop, carried out off it.
 
-One thread a running pull, at most max_concurrent; the others wait in order. A connection that ended a pull cleanly is
-kept for the next one to the same worker incarnation, a bounded number for a bounded time.
+One thread a running pull, at most max_concurrent, which are kept; the others wait in order. A connection that ended a
+pull cleanly is kept for the next one to the same worker incarnation, a bounded number for a bounded time.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel, Interrupt
 from shared.transport.endpoints import connect, preferred_endpoints
-from shared.transport.lanes import Lanes, RemotePool
+from shared.transport.lanes import Lanes
 from shared.transport.protocol import KvMemory
-from shared.transport.receiver import PullRequest, PullResult, as_transfer_error, greet, receive_kv
+from shared.transport.receiver import Connection, PullRequest, PullResult, as_transfer_error, greet, receive_kv
 
 __all__ = ["KvClient", "Pull", "PullRequest", "PullResult"]
 
@@ -63,9 +63,7 @@ class Pull:
 
 class _Idle(NamedTuple):
     since: float
-    peer: tuple[str, int]
-    channel: Channel
-    pool: RemotePool | None
+    connection: Connection
 
 
 class KvClient:
@@ -93,7 +91,7 @@ class KvClient:
         self._lock = threading.Lock()
         self._waiting: deque[Pull] = deque()
         self._running: set[Pull] = set()
-        self._threads: list[threading.Thread] = []  # of running pulls, and some that have just ended
+        self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix=f"kv-pull:{worker_id}")
         self._idle: list[_Idle] = []  # oldest first
         self._closed = False
         self._reaper: asyncio.TimerHandle | None = None
@@ -134,8 +132,7 @@ class KvClient:
             pull.request_stop()
         for pull in pulls:
             await pull.cancel()
-        for thread in self._threads:  # each has set its result: what is left of it is its return
-            thread.join()
+        self._threads.shutdown()  # each pull has set its result: what is left of it is its return
         if self._reaper is not None:
             self._reaper.cancel()
         self._close_idle(since_before=float("inf"))
@@ -145,19 +142,14 @@ class KvClient:
     def _start_waiting(self) -> None:
         refused: list[Pull] = []
         with self._lock:
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
             while self._waiting and len(self._running) < self._max_concurrent:
                 pull = self._waiting.popleft()
-                thread = threading.Thread(
-                    target=self._run, args=(pull,), name=f"kv-pull:{self._worker_id}", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError:  # the system gives no more threads
-                    refused.append(pull)
-                    continue
                 self._running.add(pull)
-                self._threads.append(thread)
+                try:
+                    self._threads.submit(self._run, pull)
+                except RuntimeError:  # the system gives no more threads
+                    self._running.remove(pull)
+                    refused.append(pull)
         for pull in refused:
             pull.future.set_exception(KvTransferError(ErrorCode.OVERLOADED, "no thread can be started to pull KV"))
 
@@ -190,25 +182,26 @@ class KvClient:
 
     def _pull(self, pull: Pull) -> PullResult:
         request = pull.request
-        channel, pool = self._open(pull)
+        connection = self._open(pull)
+        channel = connection.channel
         try:
             channel.set_deadlines(progress_timeout_s=request.progress_timeout_s, deadline_s=max(1e-3, pull.remaining_s))
-            result = receive_kv(channel, self._memory, pool, request, pull.started_at, pull.interrupt)
+            result = receive_kv(connection, self._memory, request, pull.started_at, pull.interrupt)
         except BaseException:
             pull.interrupt.forget()
             channel.close()
             raise
         pull.interrupt.forget()
-        self._keep(channel, pool, (request.source, request.source_incarnation))
+        self._keep(connection)
         return result
 
-    def _open(self, pull: Pull) -> tuple[Channel, RemotePool | None]:
-        """A greeted connection to the source, watched by the pull's interrupt, and its pool if that is read."""
+    def _open(self, pull: Pull) -> Connection:
+        """A greeted connection to the source, watched by the pull's interrupt."""
         request = pull.request
         while (idle := self._take_idle((request.source, request.source_incarnation))) is not None:
             pull.interrupt.watch(idle.channel.sock)
             if idle.channel.is_quiet():
-                return idle.channel, idle.pool
+                return idle
             pull.interrupt.forget()
             idle.channel.close()
         failure = KvTransferError(
@@ -228,8 +221,7 @@ class KvClient:
                 sock, progress_timeout_s=request.progress_timeout_s, deadline_s=max(1e-3, pull.remaining_s)
             )
             try:
-                pool = greet(channel, self._memory, self._lanes, self._worker_id, self._incarnation, request)
-                return channel, pool
+                return greet(channel, self._memory, self._lanes, self._worker_id, self._incarnation, request)
             except AmpdError as error:
                 # another worker may live at a Unix path of the same name here: the next endpoint may be right
                 failure = as_transfer_error(error)
@@ -239,27 +231,27 @@ class KvClient:
 
     # ------------------------------------------------------------------------------ idle connections
 
-    def _take_idle(self, peer: tuple[str, int]) -> _Idle | None:
+    def _take_idle(self, peer: tuple[str, int]) -> Connection | None:
         with self._lock:
             for index in range(len(self._idle) - 1, -1, -1):
-                if self._idle[index].peer == peer:
-                    return self._idle.pop(index)
+                if self._idle[index].connection.peer == peer:
+                    return self._idle.pop(index).connection
         return None
 
-    def _keep(self, channel: Channel, pool: RemotePool | None, peer: tuple[str, int]) -> None:
+    def _keep(self, connection: Connection) -> None:
         with self._lock:
-            held = sum(idle.peer == peer for idle in self._idle)
+            held = sum(idle.connection.peer == connection.peer for idle in self._idle)
             if not self._closed and held < _MAX_IDLE_PER_PEER and len(self._idle) < _MAX_IDLE_CONNECTIONS:
-                self._idle.append(_Idle(time.monotonic(), peer, channel, pool))
+                self._idle.append(_Idle(time.monotonic(), connection))
                 return
-        channel.close()
+        connection.channel.close()
 
     def _close_idle(self, *, since_before: float) -> None:
         with self._lock:
             late = [idle for idle in self._idle if idle.since <= since_before]
             self._idle = [idle for idle in self._idle if idle.since > since_before]
         for idle in late:
-            idle.channel.close()
+            idle.connection.channel.close()
 
     def _reap(self, loop: asyncio.AbstractEventLoop) -> None:
         self._close_idle(since_before=time.monotonic() - self._idle_timeout_s)

@@ -83,11 +83,11 @@ class Lane(Protocol):
         ...
 
     def hand_over(self, channel: Channel) -> None:
-        """Sender, after its WELCOME: what cannot be told in bytes."""
+        """Sender, after its POOL: what cannot be told in bytes."""
         ...
 
     def open(self, channel: Channel, peer: tuple[str, int], description: bytes) -> RemotePool:
-        """Receiver, after the WELCOME of `peer` (worker id, incarnation). Raises KvTransferError."""
+        """Receiver, after the POOL of `peer` (worker id, incarnation). Raises KvTransferError."""
         ...
 
     def serving(self) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ from shared.core.types import KvLayout, RoundKey, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.ranges import ByteRange
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"AKV1"
 MAX_CONTROL_BYTES = 16_384
 CHUNK_BYTES = 4 << 20  # payload of one frame, unless one block of one layer is larger (why: ADR 0004)
@@ -79,6 +79,7 @@ class FrameKind(IntEnum):
     REFUSED = 8
     RANGES = 9
     COPIED = 10
+    POOL = 11
 
 
 class LeaseId(NamedTuple):
@@ -111,7 +112,6 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     peer_id: str
     peer_incarnation: int
     lanes: tuple[str, ...]  # HELLO: what is offered, best first; WELCOME: the one chosen
-    pool: bytes = b""  # WELCOME: how to read the sender's pool by that lane
 
 
 class PullBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +123,12 @@ class PullBody(msgspec.Struct, frozen=True, kw_only=True):
     token_stop: int
     keepalive_s: float
     progress_timeout_s: float
+
+
+class PoolBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Behind the connection's first PULL that is granted, if its lane is one-sided: how to read the sender's pool."""
+
+    description: bytes
 
 
 class Trailer(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shared.core.types import RoundKey, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel, ConnectionLost, Interrupt
-from shared.transport.lanes import Lanes, Reading, RemotePool
+from shared.transport.lanes import Lane, Lanes, Reading, RemotePool
 from shared.transport.protocol import (
     KEEPALIVE_S,
     PROTOCOL_VERSION,
@@ -24,6 +24,7 @@ from shared.transport.protocol import (
     Hello,
     KvMemory,
     LeaseId,
+    PoolBody,
     PullBody,
     Refused,
     Trailer,
@@ -76,13 +77,26 @@ class PullResult:
     lane: str
 
 
+@dataclass(slots=True)
+class Connection:
+    """A greeted connection to a sender. `pool`: what it has told of its pool with the first pull; None where bytes come
+    through the connection."""
+
+    channel: Channel
+    peer: tuple[str, int]  # worker id, incarnation
+    lane: Lane | None
+    pool: RemotePool | None = None
+
+    @property
+    def description(self) -> str:
+        """Of the way that bytes take."""
+        return self.channel.description if self.pool is None else self.pool.description
+
+
 def greet(
     channel: Channel, memory: KvMemory, lanes: Lanes, worker_id: str, incarnation: int, request: PullRequest
-) -> RemotePool | None:
-    """Open a new connection's conversation; returns the peer's pool if it can be read from here.
-
-    Raises KvTransferError that says what differs.
-    """
+) -> Connection:
+    """Open a new connection's conversation. Raises KvTransferError that says what differs."""
     layout = memory.layout
     mine = Hello(
         protocol=PROTOCOL_VERSION,
@@ -98,14 +112,14 @@ def greet(
     theirs = channel.receive_body(_expect(channel, channel.receive_frame(), FrameKind.WELCOME), Hello)
     check_peer(mine, theirs)
     lane = lanes.find(theirs.lanes[0] if theirs.lanes else "")
-    return lane.open(channel, (theirs.worker_id, theirs.incarnation), theirs.pool) if lane is not None else None
+    return Connection(channel, (theirs.worker_id, theirs.incarnation), lane)
 
 
 def receive_kv(
-    channel: Channel, memory: KvMemory, pool: RemotePool | None, request: PullRequest, started_at: float,
-    interrupt: Interrupt,
-) -> PullResult:  # fmt: skip
+    connection: Connection, memory: KvMemory, request: PullRequest, started_at: float, interrupt: Interrupt
+) -> PullResult:
     """Pull over a greeted connection. Raises AmpdError; then what was written to the blocks must not be used."""
+    channel = connection.channel
     name = LeaseId(request.source_incarnation, request.lease_id, request.generation)
     channel.send_control(
         FrameKind.PULL,
@@ -119,7 +133,11 @@ def receive_kv(
         ),
         name,
     )
-    incoming = _Incoming(channel, memory, pool, request, name, interrupt)
+    if connection.lane is not None and connection.pool is None:
+        frame = _expect(channel, channel.receive_frame(), FrameKind.POOL)
+        body = channel.receive_body(frame, PoolBody)
+        connection.pool = connection.lane.open(channel, connection.peer, body.description)
+    incoming = _Incoming(channel, memory, connection.pool, request, name, interrupt)
     try:
         trailer = incoming.receive()
     finally:
@@ -131,7 +149,7 @@ def receive_kv(
         time.monotonic() - started_at,
         trailer.waiting_s,
         incoming.num_segments,
-        pool.description if pool is not None else channel.description,
+        connection.description,
     )
 
 

@@ -29,6 +29,7 @@ from shared.transport.protocol import (
     Hello,
     KvMemory,
     LeaseId,
+    PoolBody,
     PullBody,
     Refused,
     check_peer,
@@ -174,8 +175,10 @@ class KvServer:
         channel = Channel(sock, progress_timeout_s=timeout_s, deadline_s=timeout_s)
         try:
             peer, lane = self._greet(channel)
+            pool_is_known = lane is None
             while not self._closing.is_set():
-                self._serve_pull(channel, peer, lane)
+                self._serve_pull(channel, peer, lane, pool_is_known)
+                pool_is_known = True
                 channel.set_deadlines(progress_timeout_s=self._idle_timeout_s, deadline_s=self._idle_timeout_s)
         except ConnectionLost:
             pass  # an idle or broken connection; what it cost a lease has been recorded with the lease
@@ -207,16 +210,12 @@ class KvServer:
         )
         check_peer(theirs, mine)  # seen from the receiver, which named whom it wants
         name = self._lanes.choose(channel, theirs.lanes)
-        lane = self._lanes.find(name)
-        pool = lane.describe() if lane is not None else b""
-        channel.send_control(FrameKind.WELCOME, msgspec.structs.replace(mine, lanes=(name,), pool=pool))
-        if lane is not None:
-            lane.hand_over(channel)
-        return theirs, lane
+        channel.send_control(FrameKind.WELCOME, msgspec.structs.replace(mine, lanes=(name,)))
+        return theirs, self._lanes.find(name)
 
     # --------------------------------------------------------------------------------------- pulls
 
-    def _serve_pull(self, channel: Channel, peer: Hello, lane: Lane | None) -> None:
+    def _serve_pull(self, channel: Channel, peer: Hello, lane: Lane | None, pool_is_known: bool) -> None:
         frame = _expect(channel.receive_frame(), FrameKind.PULL)
         body = channel.receive_body(frame, PullBody)
         lease = self._admit(peer, frame.lease, body)
@@ -226,6 +225,9 @@ class KvServer:
             channel.set_deadlines(
                 progress_timeout_s=_clamp(body.progress_timeout_s, 0.01, _MAX_PROGRESS_TIMEOUT_S), deadline_s=math.inf
             )
+            if lane is not None and not pool_is_known:  # it reads the whole pool: only who has a ticket may know it
+                channel.send_control(FrameKind.POOL, PoolBody(description=lane.describe()), frame.lease)
+                lane.hand_over(channel)
             self._send(channel, lane, frame.lease, lease, body)
             _expect(channel.receive_frame(), FrameKind.DELIVERED)
             end, reason = LeaseEnd.DELIVERED, ""

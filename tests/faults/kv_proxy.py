@@ -36,7 +36,7 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes:
 
 
 class FaultProxy:
-    """Listens on TCP, or in `folder` on a Unix socket that also passes on the descriptor that follows a WELCOME, and
+    """Listens on TCP, or in `folder` on a Unix socket that also passes on the descriptor behind a POOL, and
     forwards to `target`. Each frame from the sender goes through tamper(number, frame, raw), which gives what is
     forwarded instead: bytes, and faults. number 0 is the connection's WELCOME."""
 
@@ -83,26 +83,49 @@ class FaultProxy:
         self._tasks.append(task)
         self._writers.append(writer)
         sock = await asyncio.to_thread(self._dial)
-        descriptor = -1
-        greeting: tuple[bytes, bytes] | None = None
-        if self.folder is not None:
-            with suppress(asyncio.IncompleteReadError):
-                hello = await read_frame(reader)
-                greeting, descriptor = await asyncio.to_thread(self._greet, sock, hello)
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            number = await self._pass_on_opening(reader, sock, writer) if self.folder is not None else 0
+            if number is not None:
+                await self._pass_on_rest(reader, sock, writer, number)
+        sock.close()
+        writer.transport.abort()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+    async def _pass_on_opening(
+        self, reader: asyncio.StreamReader, sock: socket.socket, writer: asyncio.StreamWriter
+    ) -> int | None:
+        """WELCOME, and POOL with its descriptor. Returns how many frames that were; None: a fault ended it."""
+        for number in range(2):
+            request = await read_frame(reader)
+            raw, descriptor = await asyncio.to_thread(self._exchange, sock, request)
+            try:
+                if not await self._pass_on(number, raw, writer):
+                    return None
+                if descriptor is not None:
+                    end = writer.get_extra_info("socket")
+                    with socket.socket(end.family, end.type, fileno=os.dup(end.fileno())) as duplicate:
+                        socket.send_fds(duplicate, [b"d"], [descriptor])
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+        return 2
+
+    async def _pass_on_rest(
+        self, reader: asyncio.StreamReader, sock: socket.socket, writer: asyncio.StreamWriter, number: int
+    ) -> None:
         upstream_reader, upstream = await (
             asyncio.open_unix_connection(sock=sock) if self.target.path else asyncio.open_connection(sock=sock)
         )
         self._writers.append(upstream)
         upward = asyncio.ensure_future(self._forward(reader, upstream))
         with suppress(ConnectionError, asyncio.IncompleteReadError):
-            await self._forward_frames(upstream_reader, writer, greeting, descriptor)
-        if descriptor >= 0:
-            os.close(descriptor)
+            while await self._pass_on(number, await read_frame(upstream_reader), writer):
+                number += 1
         upward.cancel()
-        for end in (writer, upstream):
-            end.transport.abort()
-            with suppress(ConnectionError):
-                await end.wait_closed()
+        upstream.transport.abort()
+        with suppress(ConnectionError):
+            await upstream.wait_closed()
         await asyncio.gather(upward, return_exceptions=True)
 
     def _dial(self) -> socket.socket:
@@ -112,13 +135,18 @@ class FaultProxy:
             return sock
         return socket.create_connection((self.target.host, self.target.port))
 
-    def _greet(self, sock: socket.socket, hello: bytes) -> tuple[tuple[bytes, bytes], int]:
-        """The sender's WELCOME as (header, body), and the descriptor behind it."""
-        sock.sendall(hello)
+    def _exchange(self, sock: socket.socket, request: bytes) -> tuple[bytes, int | None]:
+        """The sender's answer, and the descriptor behind it if it is a POOL."""
+        sock.sendall(request)
         header = sock.recv(HEADER.size, socket.MSG_WAITALL)
-        body = sock.recv(decode_header(header).length, socket.MSG_WAITALL)
+        if len(header) < HEADER.size:
+            raise asyncio.IncompleteReadError(header, HEADER.size)
+        frame = decode_header(header)
+        body = sock.recv(frame.length, socket.MSG_WAITALL) if frame.length else b""
+        if frame.kind is not FrameKind.POOL:
+            return header + body, None
         _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
-        return (header, body), descriptors[0]
+        return header + body, descriptors[0]
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):  # a reset is an end as well
@@ -127,37 +155,24 @@ class FaultProxy:
                 await writer.drain()
         writer.close()  # the receiver has closed: the sender is to see it
 
-    async def _forward_frames(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        greeting: tuple[bytes, bytes] | None,
-        descriptor: int,
-    ) -> None:
-        number = 0
-        while True:
-            raw = b"".join(greeting) if greeting is not None else await read_frame(reader)
-            frame = decode_header(raw[: HEADER.size])
-            forwarded = b""
-            for piece in self.tamper(number, frame, raw):
-                if isinstance(piece, Fault):
-                    self._note_fault()
-                    await self._carry_out(piece, writer)
-                    return
-                writer.write(piece)
-                await writer.drain()
-                forwarded += piece
-            if forwarded != raw:
+    async def _pass_on(self, number: int, raw: bytes, writer: asyncio.StreamWriter) -> bool:
+        """Whether the connection goes on."""
+        frame = decode_header(raw[: HEADER.size])
+        forwarded = b""
+        for piece in self.tamper(number, frame, raw):
+            if isinstance(piece, Fault):
                 self._note_fault()
-            if greeting is not None:
-                end = writer.get_extra_info("socket")
-                with socket.socket(end.family, end.type, fileno=os.dup(end.fileno())) as duplicate:
-                    socket.send_fds(duplicate, [b"d"], [descriptor])
-                greeting = None
-            async with self.seen:
-                self.frames.append(frame)
-                self.seen.notify_all()
-            number += 1
+                await self._carry_out(piece, writer)
+                return False
+            writer.write(piece)
+            await writer.drain()
+            forwarded += piece
+        if forwarded != raw:
+            self._note_fault()
+        async with self.seen:
+            self.frames.append(frame)
+            self.seen.notify_all()
+        return True
 
     def _note_fault(self) -> None:
         self.num_faults += 1

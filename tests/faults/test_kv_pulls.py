@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +136,32 @@ async def test_a_hundred_transfers_at_once(family: str, tmp_path: Path) -> None:
             moved = pair.target.tokens(request.block_table)[:, :, 1:15]
             assert np.array_equal(moved, pair.source.tokens(lease.block_table)[:, :, 1:15])
         assert len(pair.leases) == 0
+
+
+async def test_transfers_at_once_share_fairly(family: str, tmp_path: Path) -> None:
+    """Four of sixteen frames each: when the first has all of its own, each other one has a quarter at least."""
+    async with KvPair(family, tmp_path, layout=LARGE, num_blocks=256) as pair:
+        counts: list[list[int]] = []
+        arrived = Counter[int]()
+        lock = threading.Lock()
+
+        def count(number: int, _: Segment) -> None:
+            time.sleep(0.002)  # so that nobody is done before all have begun
+            with lock:
+                arrived[number] += 1
+                counts.append([arrived[one] for one in range(4)])
+
+        leases = [pair.grant(0, 1024, complete=False) for _ in range(4)]
+        for lease in leases:
+            for start in range(0, 1024, 64):
+                lease.publish(Segment(0, pair.layout.num_layers, start, start + 64))
+            lease.finish()
+        requests = [pair.request(lease, on_segment=partial(count, number)) for number, lease in enumerate(leases)]
+        tables = pair.random.permutation(256).reshape(4, 64).tolist()
+        await asyncio.gather(*(pair.pull(replace(one, block_table=t)) for one, t in zip(requests, tables, strict=True)))
+        assert counts[-1] == [16] * 4
+        at_first_end = next(one for one in counts if 16 in one)
+        assert min(at_first_end) >= 4, at_first_end
 
 
 async def test_a_stalled_transfer_does_not_hold_up_others(family: str, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ from shared.transport.protocol import (
     PROTOCOL_VERSION,
     FrameKind,
     Hello,
+    LeaseId,
+    PullBody,
+    decode_header,
     encode_body,
     encode_header,
 )
@@ -72,6 +75,49 @@ async def test_a_ticket_signed_with_another_secret_is_refused(family: str, tmp_p
         assert error.code is ErrorCode.KV_TICKET_INVALID
         assert "pulls" not in pair.server.counters
         await pair.pull(pair.request(lease))
+
+
+async def test_who_has_no_ticket_is_told_nothing_of_the_pool(family: str, tmp_path: Path) -> None:
+    """Neither what it takes to read it nor, with shm, its descriptor; who has one is told once a connection."""
+    async with KvPair(family, tmp_path) as pair:
+        lease = pair.grant(0, 8)
+        request = pair.request(lease, secret=b"the ticket secret of some others")
+        body = encode_body(
+            PullBody(
+                ticket=request.ticket,
+                key=lease.key,
+                token_start=0,
+                token_stop=8,
+                keepalive_s=1.0,
+                progress_timeout_s=1.0,
+            )
+        )
+        name = LeaseId(request.source_incarnation, lease.lease_id, lease.generation)
+        pull = encode_header(FrameKind.PULL, name, NO_SEGMENT, len(body)) + body
+
+        def talk() -> tuple[bytes, list[int]]:
+            with dial(pair) as sock:
+                sock.sendall(hello_frame() + pull)
+                received, descriptors = b"", []
+                while True:
+                    data, more, _, _ = socket.recv_fds(sock, 65536, 8)
+                    received, descriptors = received + data, descriptors + more
+                    if not data:
+                        return received, descriptors
+
+        received, descriptors = await asyncio.to_thread(talk)
+        kinds = []
+        while received:
+            frame = decode_header(received[: HEADER.size])
+            kinds.append(frame.kind)
+            received = received[HEADER.size + frame.length :]
+        assert (kinds, descriptors) == ([FrameKind.WELCOME, FrameKind.REFUSED], [])
+        async with pair.proxy(lambda number, frame, raw: [raw]) as proxy:
+            for _ in range(2):
+                granted = pair.grant(0, 8)
+                await pair.pull(replace(pair.request(granted), endpoints=[proxy.endpoint]))
+            pools = [frame for frame in proxy.frames if frame.kind is FrameKind.POOL]
+            assert len(pools) == (1 if family in ("shm", "nixl") else 0)
 
 
 async def test_a_ticket_works_once(family: str, tmp_path: Path) -> None:
