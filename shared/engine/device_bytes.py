@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from shared.transport.flat_memory import FlatMemory, Indices, Kind
+from shared.transport.flat_memory import SAMPLE_BYTES, FlatMemory, Indices, Kind
 
 
 class DeviceBytes:
@@ -30,9 +30,11 @@ class DeviceBytes:
         return self.flat.numel()
 
     def gather(self, indices: Indices) -> bytes:
-        with copying(self.flat.device):
-            sampled = self.flat[torch.from_numpy(indices).to(self.flat.device)].cpu()
-        return sampled.numpy().tobytes()
+        return _gather(self.flat, indices)
+
+    def gather_words(self, indices: Indices) -> bytes:
+        whole = self.flat.numel() // SAMPLE_BYTES * SAMPLE_BYTES
+        return _gather(self.flat[:whole].view(torch.int32), indices)
 
     def copy_from(self, source: FlatMemory, pieces: Sequence[tuple[int, int, int]]) -> None:
         assert isinstance(source, DeviceBytes)
@@ -42,6 +44,12 @@ class DeviceBytes:
 
     def allocate(self, num_bytes: int) -> DeviceBytes:
         return DeviceBytes(torch.zeros(num_bytes, dtype=torch.uint8, device=self.flat.device))
+
+
+def _gather(elements: torch.Tensor, indices: Indices) -> bytes:
+    with copying(elements.device):
+        gathered = elements[torch.from_numpy(indices).to(elements.device)].cpu()
+    return gathered.numpy().tobytes()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,10 @@ class FlatMemory(Protocol):
         """The bytes at these places."""
         ...
 
+    def gather_words(self, indices: Indices) -> bytes:
+        """The words of SAMPLE_BYTES at these multiples of SAMPLE_BYTES."""
+        ...
+
     def copy_from(self, source: FlatMemory, pieces: Sequence[tuple[int, int, int]]) -> None:
         """(here, there, num_bytes) each; `source` is of the same kind. All is copied on return."""
         ...
@@ -62,6 +66,10 @@ class HostBytes:
 
     def gather(self, indices: Indices) -> bytes:
         return self._bytes[indices].tobytes()
+
+    def gather_words(self, indices: Indices) -> bytes:
+        whole = self._bytes.size // SAMPLE_BYTES * SAMPLE_BYTES
+        return self._bytes[:whole].view(np.uint32)[indices].tobytes()
 
     def copy_from(self, source: FlatMemory, pieces: Sequence[tuple[int, int, int]]) -> None:
         assert isinstance(source, HostBytes)
@@ -92,11 +100,16 @@ def pair_ranges(targets: Sequence[ByteRange], sources: Sequence[ByteRange]) -> I
 def add_sample(digest: Digest, memory: FlatMemory, ranges: Sequence[ByteRange]) -> None:
     """The first SAMPLE_BYTES of every stride of all the ranges' bytes one after another, however they are cut."""
     starts = np.array([one.start for one in ranges], dtype=np.int64)
-    ends = np.cumsum([one.stop - one.start for one in ranges])
+    lengths = np.array([one.stop - one.start for one in ranges], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
     total = int(ends[-1])
-    stride = STRIDE_BYTES if total <= LONG_BYTES else LONG_STRIDE_BYTES
-    places = (np.arange(0, total, stride)[:, None] + np.arange(SAMPLE_BYTES)).reshape(-1)
+    words = np.arange(0, total, STRIDE_BYTES if total <= LONG_BYTES else LONG_STRIDE_BYTES)
+    if not ((starts | lengths) % SAMPLE_BYTES).any():  # no word is cut: as always but for tiny layouts
+        which = np.searchsorted(ends, words, side="right")
+        digest.update(memory.gather_words((starts[which] + words - begins[which]) // SAMPLE_BYTES))
+        return
+    places = (words[:, None] + np.arange(SAMPLE_BYTES)).reshape(-1)
     places = places[places < total]
     which = np.searchsorted(ends, places, side="right")
-    begins = np.concatenate(([0], ends[:-1]))
     digest.update(memory.gather(starts[which] + places - begins[which]))

@@ -26,6 +26,7 @@ import structlog
 
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
+from shared.transport.copier import Copier
 from shared.transport.flat_memory import Kind, add_sample, pair_ranges
 from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Place, Read, read_ucx_lanes
@@ -74,6 +75,7 @@ class NixlLane:
             _PoolBody(self.agent.metadata, flat.address, flat.num_bytes, flat.kind, flat.device_index)
         )
         self._slot_blocks = self._prepare_slots()
+        self.copier = Copier(f"kv-nixl-copy:{worker_id}")
         self._changed = threading.Condition()
         self._free = list(range(NUM_SLOTS))
         self._to_begin: deque[NixlReading] = deque()
@@ -212,6 +214,7 @@ class NixlLane:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self.copier.close()
         self._thread.join(MAX_CLOSE_S)
         if self._thread.is_alive():
             log.warning("nixl_reads_never_ended", count=len(self._begun))
@@ -328,7 +331,7 @@ class NixlReading:
                 raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
             lane, start = self._lane, self._slot * self._lane.slot_bytes
             source = [ByteRange(start, start + sum(one.stop - one.start for one in targets))]
-            lane.flat.copy_from(lane.slots, list(pair_ranges(targets, source)))
+            lane.copier.copy(lane.flat, lane.slots, pair_ranges(targets, source))
             add_sample(digest, lane.flat, targets)
         finally:
             self.abandon()

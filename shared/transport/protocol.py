@@ -153,8 +153,8 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _PAYLOAD_KINDS = (FrameKind.SEGMENT, FrameKind.RANGES)
-ControlBody = Hello | PullBody | Trailer | Refused
-Body = TypeVar("Body", Hello, PullBody, Trailer, Refused)
+ControlBody = Hello | PullBody | PoolBody | Trailer | Refused
+Body = TypeVar("Body", Hello, PullBody, PoolBody, Trailer, Refused)
 
 _ENCODER = msgspec.msgpack.Encoder()
 

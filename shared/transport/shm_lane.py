@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from shared.errors import AmpdError, ErrorCode
 from shared.transport.channel import Channel
+from shared.transport.copier import Copier
 from shared.transport.flat_memory import HostBytes, add_sample, pair_ranges
 from shared.transport.lanes import OneSidedMemory, count_frame_bytes
 from shared.transport.protocol import Digest
@@ -37,6 +38,7 @@ class ShmLane:
         self.memory = memory
         self._region = memory.region
         self._flat = HostBytes(memory.region.data)
+        self._copier = Copier("kv-shm-copy")
         self._lock = threading.Lock()
         self._mapped: weakref.WeakValueDictionary[tuple[int, int], MappedPool] = weakref.WeakValueDictionary()
 
@@ -60,7 +62,9 @@ class ShmLane:
                 pool = self._mapped.get((status.st_dev, status.st_ino))
                 if pool is None:
                     data = map_to_read(descriptor, int.from_bytes(description, "little"))
-                    pool = MappedPool(self.memory, data, count_frame_bytes(self.memory.layout, self.chunk_bytes))
+                    pool = MappedPool(
+                        self.memory, self._copier, data, count_frame_bytes(self.memory.layout, self.chunk_bytes)
+                    )
                     self._mapped[status.st_dev, status.st_ino] = pool
             return pool
         finally:
@@ -71,7 +75,7 @@ class ShmLane:
         yield
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._copier.close()
 
 
 class MappedPool:
@@ -79,28 +83,30 @@ class MappedPool:
 
     description = "shm"
 
-    def __init__(self, memory: OneSidedMemory, data: memoryview, max_frame_bytes: int) -> None:
+    def __init__(self, memory: OneSidedMemory, copier: Copier, data: memoryview, max_frame_bytes: int) -> None:
         self.memory = memory
+        self._copier = copier
         self._flat = HostBytes(data)
         self.num_bytes = data.nbytes
         self.max_frame_bytes = max_frame_bytes
 
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> Copying:
-        return Copying(self.memory, self._flat, ranges)
+        return Copying(self.memory, self._copier, self._flat, ranges)
 
 
 class Copying:
     """See Reading: copied when it is finished."""
 
-    def __init__(self, memory: OneSidedMemory, source: HostBytes, ranges: Sequence[ByteRange]) -> None:
+    def __init__(self, memory: OneSidedMemory, copier: Copier, source: HostBytes, ranges: Sequence[ByteRange]) -> None:
         self._memory = memory
+        self._copier = copier
         self._source = source
         self._ranges = ranges
 
     def finish(self, targets: Sequence[ByteRange], digest: Digest) -> None:
         flat = self._memory.flat
         assert flat is not None, "ShmLane has looked"
-        flat.copy_from(self._source, list(pair_ranges(targets, self._ranges)))
+        self._copier.copy(flat, self._source, pair_ranges(targets, self._ranges))
         add_sample(digest, flat, targets)
 
     def abandon(self) -> None:
