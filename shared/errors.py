@@ -6,6 +6,7 @@ Programming errors are ordinary exceptions and crash the process that has them.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 
 class ErrorCode(StrEnum):
@@ -54,6 +55,16 @@ class AmpdError(Exception):
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception is pickled as its class called with `args`, which a pool of processes cannot do with ours."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[AmpdError], args: tuple[Any, ...], state: dict[str, Any]) -> AmpdError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class BusError(AmpdError):
