@@ -14,6 +14,8 @@ DEMO_OUT ?= out/demo
 DEMO_SESSIONS ?= 12
 DEMO_RATE ?= 0.7
 COMPOSE_TEST_TIMEOUT_S ?= 1500
+# tests mostly wait for what they broke on purpose; more take more memory: each may have a cluster of workers
+TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench bench-scheduling test-compose clean
@@ -39,7 +41,7 @@ demo: setup ## serve agents' sessions with a real model and report what they saw
 	  --ttft-slo 1 --itl-slo 0.25 --seed 1 --out $(DEMO_OUT)
 
 test: setup ## every test but those that need a Docker engine or a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 check: setup ## lint, format, import contracts, strict types
 	$(BIN)/ruff check .

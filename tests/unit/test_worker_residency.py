@@ -62,7 +62,7 @@ def assert_true_tokens(conversation: Conversation, ended: Any, reference: Any) -
 
 
 async def prefill_ended(commander: Any) -> Any:
-    return await asyncio.wait_for(commander.prefills.get(), 30)
+    return await asyncio.wait_for(commander.prefills.get(), 120)
 
 
 async def test_the_second_remote_round_moves_exactly_what_is_missing(pair: Any, reference: Any) -> None:
@@ -207,7 +207,7 @@ async def test_after_staging_a_prefill_pulls_nothing(pair: Any, reference: Any) 
     await conversation.play(tokens_of(20, 45), prefiller, keep=True)
     await prefill_ended(commander)
     await conversation.stage(prefiller, conversation.resident(45))
-    staged = await asyncio.wait_for(commander.staged.get(), 30)
+    staged = await asyncio.wait_for(commander.staged.get(), 120)
     assert staged.error is None
     assert (staged.num_resident_tokens, staged.kv_bytes_read) == (52, 7 * prefiller.runner.layout.bytes_per_token)
     ended = await conversation.play(tokens_of(21, 20), prefiller, keep=True, resident=conversation.resident(52))
@@ -221,14 +221,14 @@ async def test_staging_what_was_never_here_takes_free_blocks_only(pair: Any, ref
     conversation = Conversation(commander, decoder)
     await conversation.play(tokens_of(22, 45))
     await conversation.stage(prefiller, None)
-    staged = await asyncio.wait_for(commander.staged.get(), 30)
+    staged = await asyncio.wait_for(commander.staged.get(), 120)
     assert (staged.num_resident_tokens, staged.error) == (52, None)
     other = Conversation(commander, decoder, "other")
     await other.play(tokens_of(23, 45))
     free = prefiller.scheduler.allocator.num_free
     blocker = prefiller.scheduler.allocator.allocate(free - 1, "test")
     await other.stage(prefiller, None)
-    staged = await asyncio.wait_for(commander.staged.get(), 30)
+    staged = await asyncio.wait_for(commander.staged.get(), 120)
     assert staged.error is not None
     assert (staged.error.code, staged.num_resident_tokens) == (ErrorCode.OUT_OF_BLOCKS, 0)
     assert prefiller.runtime.prefill.residents.num_tokens == 52, "the other session kept what it has"
@@ -265,7 +265,7 @@ async def test_a_prefill_takes_over_from_a_staging_under_way(pair: Any, referenc
     ended = await playing
     assert_true_tokens(conversation, ended, reference)
     report = await prefill_ended(commander)
-    staged = await asyncio.wait_for(commander.staged.get(), 30)
+    staged = await asyncio.wait_for(commander.staged.get(), 120)
     assert (staged.num_resident_tokens, report.num_reused_tokens, report.kv_bytes_read) == (52, 52, 0)
 
 

@@ -202,7 +202,7 @@ class Commander:
         return _replace(task, **fields)
 
     async def end(self) -> RoundEnded:
-        return await asyncio.wait_for(self.ended.get(), 30)
+        return await asyncio.wait_for(self.ended.get(), 120)
 
 
 class Conversation:
