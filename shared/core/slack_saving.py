@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens
-from shared.core.step_costs import StepCosts
+from shared.core.step_costs import MIN_ADDED_S, StepCosts
 
 WASTEFUL_SHARE = 0.65  # of the best rate: chunks at less are saved up for
 EFFICIENT_SHARE = 0.9  # of the best rate: the chunk that is saved up for has it
@@ -56,7 +56,7 @@ def plan_saving(
     num_tokens = min(num_new, costs.efficient_chunk(batch, EFFICIENT_SHARE, least, most))
     least_s = costs.step_s(batch, mean_context, ((num_history, least),)) - decode_s
     extra_s = costs.step_s(batch, mean_context, ((num_history, num_tokens),)) - decode_s
-    return SavedChunk(num_tokens, extra_s, max(least_s, limit_s - decode_s))
+    return SavedChunk(num_tokens, extra_s, max(MIN_ADDED_S, least_s, limit_s - decode_s))
 
 
 class SlackSaver:

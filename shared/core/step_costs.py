@@ -9,6 +9,7 @@ from math import ceil
 from shared.core.profile import Curve, DegreeProfile, Grid, Links, Profile
 
 CHUNK_STEP = 8  # tokens: a largest chunk is found to within this
+MIN_ADDED_S = 1e-9  # of a chunk that costs a step nothing: a measured curve may be flat
 FULL_STEP_TOKENS = 2_048  # of a step at the best rate
 PREFILL_STEP_TOKENS = 8_192  # T_pre of more tokens is the sum of steps of this size
 
@@ -211,7 +212,8 @@ class StepCosts:
         if asked not in self._efficient:
             sizes = [least << power for power in range(32) if least << power <= max(least, most)]
             decode_s = self.linear(batch) if batch else 0.0
-            rates = [size / (self.linear(batch + size) + self.attend_floor_s - decode_s) for size in sizes]
+            added_s = [self.linear(batch + size) + self.attend_floor_s - decode_s for size in sizes]
+            rates = [size / max(MIN_ADDED_S, one_s) for size, one_s in zip(sizes, added_s, strict=True)]
             enough = share * max(rates)
             self._efficient[asked] = next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
         return self._efficient[asked]

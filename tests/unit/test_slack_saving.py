@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shared.core.chunk_prediction import predict_mixed_s, predict_stretch
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens, fit_chunks
+from shared.core.profile import Curve, DegreeProfile, Grid, Links
 from shared.core.slack_saving import SlackSaver, plan_saving
 from shared.core.step_costs import StepCosts
 from shared.profile_files import load_profile
@@ -141,3 +142,20 @@ def test_a_queue_is_predicted_to_take_what_its_steps_and_those_that_save_do() ->
         taken_s += EXPERTS.step_s(8, 16_000.0, [(0, chunk)] if chunk else [])
         work_s += EXPERTS.work_s(0, chunk) if chunk else 0.0
     assert predict_stretch(SLACK, EXPERTS, **beside) == pytest.approx(taken_s / work_s, rel=0.15)
+
+
+def test_a_curve_that_is_flat_costs_nothing_and_divides_by_nothing() -> None:
+    nothing = Grid(rows=(0, 1), columns=(0, 1), s=((0.0, 0.0), (0.0, 0.0)))
+    flat = Curve(at=(0, 10_000), s=(0.02, 0.02))
+    degree = DegreeProfile(
+        parallel_degree=1, num_kv_tokens=1_000, linear=flat, prefill_attention=nothing, decode_attention=nothing
+    )
+    links = Links(
+        devices_per_node=1,
+        intra_node_bytes_per_s=1.0,
+        inter_node_bytes_per_s=1.0,
+        host_bytes_per_s=1.0,
+        latency_s=0.0,
+    )
+    chunks = run_steps(3, costs=StepCosts(degree, links, 1), saver=SlackSaver(), itl_slo_s=0.01)
+    assert chunks == [8_192] * 3
