@@ -72,15 +72,18 @@ def fit_chunks(
     """Tokens for each of `prefills` (history, missing), in order, within `budget_tokens`. time_left_s: until the first
     token of each is due.
 
-    With slack the step as a whole takes no longer than if the first prefill had all of the budget: the attention of
-    every further one takes time that the budget does not know of, so the last chunks give way.
+    With slack the step as a whole keeps to its share of the ITL objective, or to what a saved-up chunk of the first
+    prefill alone would take: the attention of every further one takes time that the budget does not know of, so the
+    last chunks give way.
     """
     chunks = split_budget([missing for _, missing in prefills], budget_tokens)
     if costs is None:
         return chunks
     if parameters.chunk == "slack" and batch:
         limit_s = parameters.itl_share * itl_slo_s
-        limit_s = max(limit_s, costs.step_s(batch, mean_context, ((prefills[0][0], min(budget_tokens, sum(chunks))),)))
+        if budget_tokens > parameters.min_chunk_tokens:  # saved up for, if it is beyond the limit (slack_saving.py)
+            whole = (prefills[0][0], min(budget_tokens, sum(chunks)))
+            limit_s = max(limit_s, costs.step_s(batch, mean_context, (whole,)))
         _fit_slack(costs, prefills, chunks, batch, mean_context, limit_s)
     if parameters.keeps_on_time and len(chunks) > 1:
         _keep_on_time(costs, prefills, chunks, batch, mean_context, time_left_s)
