@@ -164,6 +164,9 @@ class KvClient:
     # ------------------------------------------------------------------------------ in pull threads
 
     def _run(self, pull: Pull) -> None:
+        with self._lock:
+            if pull not in self._running:
+                return  # refused for want of a thread; the pool had queued it all the same
         result: PullResult | None = None
         failure: BaseException | None = None
         try:

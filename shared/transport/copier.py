@@ -22,6 +22,7 @@ class Copier:
 
     def __init__(self, name: str) -> None:
         self._helpers = ThreadPoolExecutor(NUM_HELPERS, thread_name_prefix=name)
+        self._helpers.submit(int).result()  # the thread is there from now on: no copy can fail for want of one
 
     def copy(self, target: FlatMemory, source: FlatMemory, pieces: Iterable[Piece]) -> None:
         """As FlatMemory.copy_from."""

@@ -15,7 +15,7 @@ import pytest
 from kv_pair import LARGE, KvPair
 
 from shared.core.types import Segment
-from shared.errors import ErrorCode
+from shared.errors import ErrorCode, KvTransferError
 from shared.transport.leases import LeaseEnd
 from shared.transport.protocol import FrameKind
 
@@ -189,6 +189,34 @@ async def test_more_pulls_than_threads_wait_their_turn(family: str, tmp_path: Pa
         silent.finish()
         await asyncio.gather(first.wait(), second.wait())
         assert pair.target.blocks[[3, 4]].max() == 0
+
+
+async def test_a_pull_refused_for_want_of_a_thread_never_begins(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a pull that has failed are somebody else's: the thread of another must not take it up later."""
+    async with KvPair(family, tmp_path) as pair:
+        silent = pair.grant(0, 4, complete=False)
+        silent.publish(Segment(0, pair.layout.num_layers, 0, 2))
+        begun = asyncio.Event()
+        request = pair.request(silent, on_segment=pair.on_loop(begun))
+        first = pair.client.start_pull(replace(request, block_table=[1]))
+        await asyncio.wait_for(begun.wait(), 30)  # both ends have their threads
+
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            refused = pair.client.start_pull(replace(pair.request(pair.grant(0, 4)), block_table=[2]))
+            with pytest.raises(KvTransferError) as caught:
+                await refused.wait()
+        assert caught.value.code is ErrorCode.OVERLOADED
+        silent.publish(Segment(0, pair.layout.num_layers, 2, 4))
+        silent.finish()
+        await first.wait()
+        await pair.pull(replace(pair.request(pair.grant(0, 4)), block_table=[3]))
+        assert not pair.target.blocks[2].any()
 
 
 async def test_the_unix_socket_is_preferred_and_tcp_the_way_out(tmp_path: Path) -> None:

@@ -94,3 +94,18 @@ def test_a_failure_is_raised_and_no_further_part_begun(copier: Copier) -> None:
     with pytest.raises(ValueError, match="no memory"):
         copier.copy(target, SOURCE, [(0, 0, SIZE)])
     assert target.begun <= 2 < SIZE // PART_BYTES
+
+
+def test_a_copier_needs_no_further_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that failed to wake its helper could be gone on with after it has failed."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    fresh = Copier("kv-copy-fresh")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        target = host()
+        fresh.copy(target, SOURCE, [(0, 0, SIZE)])
+    assert target.gather(np.arange(SIZE)) == DATA.tobytes()
+    fresh.close()
