@@ -13,12 +13,24 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import structlog
+
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel, Interrupt
 from shared.transport.endpoints import connect, preferred_endpoints
 from shared.transport.lanes import Lanes
 from shared.transport.protocol import KvMemory
-from shared.transport.receiver import Connection, PullRequest, PullResult, as_transfer_error, greet, receive_kv
+from shared.transport.receiver import (
+    Connection,
+    LaneUnusable,
+    PullRequest,
+    PullResult,
+    as_transfer_error,
+    greet,
+    receive_kv,
+)
+
+log = structlog.get_logger(__name__)
 
 __all__ = ["KvClient", "Pull", "PullRequest", "PullResult"]
 
@@ -26,6 +38,7 @@ _MAX_CONNECT_S = 2.0
 _MAX_WAITING_PULLS = 4096
 _MAX_IDLE_CONNECTIONS = 64
 _MAX_IDLE_PER_PEER = 8
+_MAX_BARRED = 256
 
 
 class Pull:
@@ -93,6 +106,7 @@ class KvClient:
         self._running: set[Pull] = set()
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix=f"kv-pull:{worker_id}")
         self._idle: list[_Idle] = []  # oldest first
+        self._barred: dict[tuple[str, int], set[str]] = {}  # lanes by which a peer's pool cannot be read; oldest first
         self._closed = False
         self._reaper: asyncio.TimerHandle | None = None
 
@@ -190,9 +204,11 @@ class KvClient:
         try:
             channel.set_deadlines(progress_timeout_s=request.progress_timeout_s, deadline_s=max(1e-3, pull.remaining_s))
             result = receive_kv(connection, self._memory, request, pull.started_at, pull.interrupt)
-        except BaseException:
+        except BaseException as error:
             pull.interrupt.forget()
             channel.close()
+            if isinstance(error, LaneUnusable):
+                self._bar_lane(connection, error)
             raise
         pull.interrupt.forget()
         self._keep(connection)
@@ -211,6 +227,8 @@ class KvClient:
             ErrorCode.KV_TRANSFER_FAILED,
             f"no endpoint of worker {request.source} can be reached from here: {', '.join(request.endpoints)}",
         )
+        with self._lock:
+            barred = frozenset(self._barred.get((request.source, request.source_incarnation), ()))
         for endpoint in preferred_endpoints(request.endpoints):
             timeout_s = max(1e-3, min(_MAX_CONNECT_S, request.progress_timeout_s, pull.remaining_s))
             if pull.interrupt.triggered:
@@ -224,13 +242,22 @@ class KvClient:
                 sock, progress_timeout_s=request.progress_timeout_s, deadline_s=max(1e-3, pull.remaining_s)
             )
             try:
-                return greet(channel, self._memory, self._lanes, self._worker_id, self._incarnation, request)
+                return greet(channel, self._memory, self._lanes, self._worker_id, self._incarnation, request, barred)
             except AmpdError as error:
                 # another worker may live at a Unix path of the same name here: the next endpoint may be right
                 failure = as_transfer_error(error)
                 pull.interrupt.forget()
                 channel.close()
         raise failure
+
+    def _bar_lane(self, connection: Connection, error: LaneUnusable) -> None:
+        """The next pulls from this worker incarnation go another way, if there is one."""
+        assert connection.lane is not None
+        with self._lock:
+            self._barred.setdefault(connection.peer, set()).add(connection.lane.name)
+            while len(self._barred) > _MAX_BARRED:
+                del self._barred[next(iter(self._barred))]
+        log.warning("kv_lane_unusable", peer=connection.peer[0], lane=connection.lane.name, error=error.message)
 
     # ------------------------------------------------------------------------------ idle connections
 

@@ -10,7 +10,7 @@ segment is, that they have been copied, the trailer with the digest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -109,10 +109,12 @@ class Lanes:
         self._one_sided = tuple(one_sided)
         self._streams = streams
 
-    def names(self, channel: Channel) -> tuple[str, ...]:
-        """Those that the connection allows."""
+    def names(self, channel: Channel, barred: Collection[str] = ()) -> tuple[str, ...]:
+        """Those that the connection allows; but for the barred ones, unless there is nothing else."""
         names = [lane.name for lane in self._one_sided if lane.suits(channel)]
-        return (*names, STREAM) if self._streams else tuple(names)
+        if self._streams:
+            names.append(STREAM)
+        return tuple(name for name in names if name not in barred) or tuple(names)
 
     def choose(self, channel: Channel, offered: Sequence[str]) -> str:
         """The first of the receiver's that we have too. Raises KvTransferError that says what differs."""

@@ -163,7 +163,7 @@ def is_installed() -> bool:
 
 @functools.cache
 def _load() -> Any:
-    """UCX reads its environment once, when it is loaded: what the user has set there stays."""
+    """What the user has set for UCX stays. Where it logs to UCX reads once, when it is loaded."""
     package = next((one for one in PACKAGES if importlib.util.find_spec(one) is not None), None)
     if package is None:
         raise AmpdError(ErrorCode.INVALID_REQUEST, "--kv-transport nixl needs NVIDIA's NIXL: pip install 'ampd[nixl]'")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from shared.core.types import RoundKey, Segment
@@ -93,10 +93,22 @@ class Connection:
         return self.channel.description if self.pool is None else self.pool.description
 
 
+class LaneUnusable(KvTransferError):
+    """The peer's pool cannot be read by the connection's lane. Another way may do, for the next pull: this one's ticket
+    is used."""
+
+
 def greet(
-    channel: Channel, memory: KvMemory, lanes: Lanes, worker_id: str, incarnation: int, request: PullRequest
+    channel: Channel,
+    memory: KvMemory,
+    lanes: Lanes,
+    worker_id: str,
+    incarnation: int,
+    request: PullRequest,
+    barred: Collection[str] = (),
 ) -> Connection:
-    """Open a new connection's conversation. Raises KvTransferError that says what differs."""
+    """Open a new connection's conversation. `barred`: lanes not to be offered. Raises KvTransferError that says what
+    differs."""
     layout = memory.layout
     mine = Hello(
         protocol=PROTOCOL_VERSION,
@@ -106,7 +118,7 @@ def greet(
         layout=layout,
         peer_id=request.source,
         peer_incarnation=request.source_incarnation,
-        lanes=lanes.names(channel),
+        lanes=lanes.names(channel, barred),
     )
     channel.send_control(FrameKind.HELLO, mine)
     theirs = channel.receive_body(_expect(channel, channel.receive_frame(), FrameKind.WELCOME), Hello)
@@ -136,7 +148,12 @@ def receive_kv(
     if connection.lane is not None and connection.pool is None:
         frame = _expect(channel, channel.receive_frame(), FrameKind.POOL)
         body = channel.receive_body(frame, PoolBody)
-        connection.pool = connection.lane.open(channel, connection.peer, body.description)
+        try:
+            connection.pool = connection.lane.open(channel, connection.peer, body.description)
+        except ConnectionLost:
+            raise
+        except KvTransferError as error:
+            raise LaneUnusable(error.code, f"{connection.lane.name}: {error.message}") from error
     incoming = _Incoming(channel, memory, connection.pool, request, name, interrupt)
     try:
         trailer = incoming.receive()

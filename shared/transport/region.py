@@ -90,4 +90,7 @@ def map_to_read(descriptor: int, num_bytes: int) -> memoryview:
             ErrorCode.KV_TRANSFER_FAILED,
             f"the peer's pool has {size} bytes, it told of {num_bytes}, and its seals are {seals:#x}",
         )
-    return memoryview(mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ))
+    try:
+        return memoryview(mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ))
+    except (OSError, ValueError) as error:  # no address space left; an empty file
+        raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"the peer's pool cannot be mapped: {error}") from error

@@ -39,7 +39,7 @@ def nothing_leaks() -> Iterator[None]:
     assert socket_descriptors() == sockets
 
 
-@pytest.fixture(params=["tcp", "unix", "shm", "nixl"])
+@pytest.fixture(params=["tcp", "unix", "shm", "nixl", "nixl-tcp"])
 def family(request: pytest.FixtureRequest) -> str:
     """Every behaviour holds over both socket families, and by every lane."""
     return str(request.param)

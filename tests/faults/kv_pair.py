@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,21 +33,24 @@ SMALL = KvLayout("model", 3, 2, 8, 4, "float32")  # 1.5 KiB a block
 LARGE = KvLayout("model", 4, 8, 64, 16, "float32")  # 256 KiB a block
 SENDER, RECEIVER = ("sender", 11), ("receiver", 22)  # worker id, incarnation
 
-
 ON_UNIX_SOCKETS = ("unix", "shm")
+UCX_OVER_TCP = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}  # read when an agent is made
 
 
-def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int]) -> Lanes:
-    """Of a worker that can do nothing else."""
+def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int], *, streams: bool = False) -> Lanes:
+    """Of a worker that can do nothing else, but for streams if it may."""
     match family:
         case "shm":
             shm = ShmLane(memory)
             shm.chunk_bytes = CHUNK_BYTES  # as many frames as the others have
-            return Lanes([shm], streams=False)
+            return Lanes([shm], streams=streams)
         case "nixl" | "nixl-torch":
             if family == "nixl-torch":  # as a pool on a device is copied and sampled
                 memory.flat = DeviceBytes(torch.frombuffer(memory.region.data, dtype=torch.uint8))  # type: ignore[assignment]
-            return Lanes([NixlLane(memory, worker[0], chunk_bytes=CHUNK_BYTES)], streams=False)
+            return Lanes([NixlLane(memory, worker[0], chunk_bytes=CHUNK_BYTES)], streams=streams)
+        case "nixl-tcp":  # as between hosts without RDMA: a read goes on only with its sender's help
+            with mock.patch.dict(os.environ, UCX_OVER_TCP):
+                return make_lanes("nixl", memory, worker, streams=streams)
         case _:
             return Lanes()
 
@@ -74,13 +79,17 @@ class KvPair:
         max_concurrent: int = 32,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
+        streams: bool = False,
     ) -> None:
         self.layout = layout
         self.family = family
         self.folder = folder
         self.source = HostKvMemory(layout, num_blocks, shared=family == "shm")
         self.target = HostKvMemory(target_layout or layout, num_blocks, shared=family == "shm")
-        self.lanes = [make_lanes(family, self.source, SENDER), make_lanes(family, self.target, RECEIVER)]
+        self.lanes = [
+            make_lanes(family, memory, worker, streams=streams)
+            for memory, worker in ((self.source, SENDER), (self.target, RECEIVER))
+        ]
         self.random = np.random.default_rng(5)
         self.source.blocks[:] = self.random.integers(1, 256, self.source.blocks.shape, dtype=np.uint8)
         self.clock = ManualClock()

@@ -59,7 +59,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer_process(role: str, environment: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Peer]:
+async def peer_process(role: str, **options: Any) -> AsyncIterator[Peer]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         SCRIPT,
@@ -67,7 +67,7 @@ async def peer_process(role: str, environment: dict[str, str] | None = None, **o
         json.dumps({"layout": asdict(LARGE), "num_blocks": NUM_BLOCKS, **options}),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     try:
         yield Peer(process)
@@ -152,12 +152,10 @@ async def test_a_receiver_in_the_middle(family: str, tmp_path: Path, how: str) -
 async def test_a_nixl_read_over_tcp_from_a_stopped_sender_hurts_nobody(tmp_path: Path) -> None:
     """It goes on when the sender does: by then its pull has failed, and its blocks are somebody else's."""
     key = RoundKey("tenant", "session", 1, 1)
-    over_tcp = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
     async with KvPair("tcp", tmp_path, layout=LARGE, num_blocks=NUM_BLOCKS) as pair:
         sending = peer_process(
             "sender",
-            over_tcp,
-            family="nixl",
+            family="nixl-tcp",
             worker_id=SENDER[0],
             incarnation=SENDER[1],
             secret=SECRET.decode(),
@@ -182,8 +180,7 @@ async def test_a_nixl_read_over_tcp_from_a_stopped_sender_hurts_nobody(tmp_path:
             }
             receiving = peer_process(
                 "receiver",
-                over_tcp,
-                family="nixl",
+                family="nixl-tcp",
                 worker_id=RECEIVER[0],
                 incarnation=RECEIVER[1],
                 request=request,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import mmap
 import threading
 import time
 from collections import Counter
@@ -17,6 +19,7 @@ from kv_pair import LARGE, KvPair
 from shared.core.types import Segment
 from shared.errors import ErrorCode, KvTransferError
 from shared.transport.leases import LeaseEnd
+from shared.transport.nixl_agent import NixlAgent, NixlError
 from shared.transport.protocol import FrameKind
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -65,6 +68,9 @@ async def test_many_frames_arrive_bit_identical(family: str, tmp_path: Path) -> 
         result = await pair.client.start_pull(request).wait()
         pair.assert_moved(lease, request)
         assert result.num_segments > 2
+        assert result.lane.split()[0] == family.removesuffix("-tcp")
+        if family.startswith("nixl"):
+            assert ("cma" in result.lane) == (family == "nixl"), "UCX took another way than this family is for"
 
 
 async def test_layers_travel_while_the_producer_computes(family: str, tmp_path: Path) -> None:
@@ -240,6 +246,33 @@ async def test_a_unix_socket_of_another_worker_is_passed_over(tmp_path: Path) ->
         lease = pair.grant(0, 8)
         request = pair.request(lease)
         await pair.pull(request)
+        pair.assert_moved(lease, request)
+
+
+@pytest.mark.parametrize(("family", "stream"), [("shm", "unix"), ("nixl", "tcp")], indirect=["family"])
+@pytest.mark.parametrize("streams", [True, False], ids=["auto", "nothing-else"])
+async def test_a_pool_that_cannot_be_read_here_is_pulled_from_another_way(
+    family: str, stream: str, streams: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pull fails, typed: its ticket is used. Those after it go through the connection, if they may."""
+
+    def no_mapping(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    def no_peer(*_: object) -> str:
+        raise NixlError("no such transport")
+
+    async with KvPair(family, tmp_path, streams=streams) as pair:
+        with monkeypatch.context() as patch:
+            patch.setattr(mmap, "mmap", no_mapping)
+            patch.setattr(NixlAgent, "add_peer", no_peer)
+            failure = await pair.pull_failure(pair.request(pair.grant(0, 10)))
+            assert failure.code is ErrorCode.KV_TRANSFER_FAILED
+            assert failure.message.startswith(f"{family}: ")
+        lease = pair.grant(0, 10)
+        request = pair.request(lease)
+        result = await pair.client.start_pull(request).wait()
+        assert result.lane.split()[0] == (stream if streams else family)
         pair.assert_moved(lease, request)
 
 

@@ -117,7 +117,7 @@ async def test_who_has_no_ticket_is_told_nothing_of_the_pool(family: str, tmp_pa
                 granted = pair.grant(0, 8)
                 await pair.pull(replace(pair.request(granted), endpoints=[proxy.endpoint]))
             pools = [frame for frame in proxy.frames if frame.kind is FrameKind.POOL]
-            assert len(pools) == (1 if family in ("shm", "nixl") else 0)
+            assert len(pools) == (0 if family in ("tcp", "unix") else 1)
 
 
 async def test_a_ticket_works_once(family: str, tmp_path: Path) -> None:
