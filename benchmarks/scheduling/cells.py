@@ -31,7 +31,10 @@ PREFILL_SHARES = (0.5, 0.25, 0.375, 0.625, 0.75)
 
 MAX_ROUNDS = 10_000.0  # measured, at the rate where searches begin
 
-# duration: what is measured, after a warm-up as long as sessions take; shorter where that has MAX_ROUNDS already
+MIN_TTFT_OBJECTIVES = 10.0  # measured at least: in less, a queue that grows may stay below one
+
+# duration: what is measured, after a warm-up as long as sessions take; shorter where that has MAX_ROUNDS already, longer
+# where it has not MIN_TTFT_OBJECTIVES
 _TRACES: dict[str, dict[str, Any]] = {
     "claude_code": {"file": "claude_code_kvct.jsonl", "duration": 1_000.0},
     "mooncake": {"file": "mooncake_conversation.jsonl", "duration": 120.0},
@@ -98,6 +101,7 @@ def make_cell(profile_name: str, workload_name: str, traces: Path, *, ttft_facto
     first_rate = saturation / 3
     mean_rounds = sum(len(session.rounds) for session in sessions) / len(sessions)
     measured_s = min(fields["duration"], ceil(MAX_ROUNDS / mean_rounds / first_rate))
+    measured_s = max(measured_s, ceil(MIN_TTFT_OBJECTIVES * slo.ttft_s))
     workload = replace(workload, duration=warm_up_s + measured_s)
     return Cell(
         profile=profile,

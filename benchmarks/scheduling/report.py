@@ -115,7 +115,8 @@ timing profiles named in each row
 and real traces (`claude_code` cut to 128K tokens of context, or the model's; tool gaps capped at
 {run["max_delay_s"]:g} s; `hotpotqa` and `toolbench` do not know their tool times: 1 s). Arrivals are Poisson. Searches
 use seed 0, everything else seeds 1 to 3: mean (lowest to highest). A run warms up for as long as nine of ten sessions
-take whose tokens are just on time, and is measured after that: what counts is what can be sustained.
+take whose tokens are just on time, and is measured after that, for ten TTFT objectives at least: what counts is what
+can be sustained.
 
 Objectives: TTFT 5 x the workload's unloaded 90th percentile, ITL 3.5 x an unloaded decode step, on the smallest workers
 that hold 100,000 tokens of KV. A round attains when its TTFT and its TPOT are within them; attainment is over the
@@ -135,8 +136,7 @@ them on runs that ended before the cluster was in its steady state; the price of
 admission in the steady state, on those cells and on `h100-llama-3.1-70b hotpotqa` and `h100-mixtral-8x7b mooncake`.
 Faults of its queue order, its steps, its predictions beside decodes and its batches were found on the
 `h100-mixtral-8x7b` cells, and mended there. The rivals, and four options of `adaptive`, were tuned over the options
-listed in cells.py alone. TTFT objectives of H20 are long (64 s for Llama on Mooncake, measured over two minutes): less
-of a steady state than elsewhere."""
+listed in cells.py alone."""
 
 
 def _goodput_table(contents: Sequence[Content]) -> str:
