@@ -33,8 +33,8 @@ MAX_ROUNDS = 10_000.0  # measured, at the rate where searches begin
 
 MIN_TTFT_OBJECTIVES = 10.0  # measured at least: in less, a queue that grows may stay below one
 
-# duration: what is measured, after a warm-up as long as sessions take; shorter where that has MAX_ROUNDS already, longer
-# where it has not MIN_TTFT_OBJECTIVES
+# duration: what is measured, after a warm-up as long as sessions take; shorter where that has MAX_ROUNDS already,
+# longer where it has not MIN_TTFT_OBJECTIVES
 _TRACES: dict[str, dict[str, Any]] = {
     "claude_code": {"file": "claude_code_kvct.jsonl", "duration": 1_000.0},
     "mooncake": {"file": "mooncake_conversation.jsonl", "duration": 120.0},

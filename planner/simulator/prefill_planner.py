@@ -11,7 +11,8 @@ from planner.simulator.kv_memory import KvMemory
 from planner.simulator.preemption import Preemption
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
 from shared.core.chunk_prediction import predict_stretch
-from shared.core.chunking import fit_chunks
+from shared.core.chunking import ChunkParameters, fit_chunks
+from shared.core.pace import choose_pace
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import AgedRoom, PrefillOrder
 from shared.core.slack_saving import SlackSaver
@@ -159,13 +160,14 @@ class PrefillPlanner:
         if not ready:
             return [], 0
         batch = self._batch
-        budget = self._choose_budget(ready)
+        parameters = self._choose_pace(ready[0], now)
+        budget = self._choose_budget(ready, parameters)
         if not budget:
             return [], 0
         self._order.note_turn(ready[0].waiting)
         ready = ready[: max(1, self._max_batch - batch.size)]
         sizes = fit_chunks(
-            self._policy.chunk,
+            parameters,
             self._costs,
             [(prefill.kv.num_tokens, prefill.num_missing) for prefill in ready],
             budget,
@@ -184,9 +186,24 @@ class PrefillPlanner:
         # a preemption may have taken a prefill that was chosen before it
         return [(prefill, size) for prefill, size in chunks if prefill in self._queue.admitted], budget
 
-    def _choose_budget(self, ready: list[SimPrefill]) -> int:
+    def _choose_pace(self, first: SimPrefill, now: float) -> ChunkParameters:
+        if self._pauses:
+            return self._policy.chunk
+        return choose_pace(
+            self._policy.chunk,
+            self._costs,
+            [prefill.waiting for prefill in self._queue.waiting],
+            now,
+            batch=self._batch.size,
+            mean_context=self._batch.mean_context,
+            itl_slo_s=self._itl_slo_s,
+            num_history=first.kv.num_tokens,
+            num_new=first.num_missing,
+        )
+
+    def _choose_budget(self, ready: list[SimPrefill], parameters: ChunkParameters) -> int:
         num_history = ready[0].kv.num_tokens
-        parameters, batch = self._policy.chunk, self._batch.size
+        batch = self._batch.size
         mean_context = self._batch.mean_context
         itl_slo_s = self._itl_slo_s
         if self._pauses and batch:  # the chunk runs alone, between decode steps

@@ -19,6 +19,7 @@ from shared.core.chunking import ChunkParameters, fit_chunks
 from shared.core.decode_choice import DecodingRounds, choose_decodes
 from shared.core.kv_blocks import BlockAllocator
 from shared.core.kv_memory import KvMemory
+from shared.core.pace import choose_pace
 from shared.core.preemption import Behind, Preemption, nobody
 from shared.core.prefill_admission import PrefillAdmission, has_begun
 from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder
@@ -113,7 +114,8 @@ class Scheduler:
         chosen = {id(s): PlannedItem(s, 1, True) for s in decodes if self._make_room(s, 1, now)}
         waiting = [s for s in self._ready() if s.kv.num_missing > 1]
         prefills = self._order_prefills(waiting, now)
-        budget = self._budget([item.sequence for item in chosen.values()], prefills)
+        pace = self._choose_pace([item.sequence for item in chosen.values()], prefills, now)
+        budget = self._budget(pace, [item.sequence for item in chosen.values()], prefills)
         may_begin = True
         for place, sequence in enumerate(prefills):
             if budget == 0 or len(chosen) >= self.max_batch:
@@ -130,7 +132,7 @@ class Scheduler:
         # making room for an older sequence may have preempted one chosen before: its KV is gone
         planned = [item for item in chosen.values() if len(item.sequence.kv.block_table) * self.allocator.block_size
                    >= item.sequence.kv.num_kv + item.num_tokens]  # fmt: skip
-        planned = self._fit(planned, now)
+        planned = self._fit(pace, planned, now)
         self._note_started(planned, waiting, now)
         computed = {id(item.sequence) for item in planned}
         first = next((sequence for sequence in prefills if id(sequence) in computed), None)
@@ -151,12 +153,28 @@ class Scheduler:
             place.work_s = self.memory.predict_work_s(sequence.kv)
         return [prefills[index] for index in self.order.order(queue, now, self.measure_stretch())]
 
-    def _budget(self, decodes: list[Sequence], prefills: list[Sequence]) -> int:
+    def _choose_pace(self, decodes: list[Sequence], prefills: list[Sequence], now: float) -> ChunkParameters:
+        if not prefills:
+            return self.chunk
+        beside = DecodingRounds.of(decodes)
+        return choose_pace(
+            self.chunk,
+            self.predictor.costs,
+            [sequence.as_waiting() for sequence in prefills],
+            now,
+            batch=beside.batch,
+            mean_context=beside.mean_context,
+            itl_slo_s=beside.itl_slo_s,
+            num_history=prefills[0].kv.num_kv,
+            num_new=prefills[0].kv.num_missing,
+        )
+
+    def _budget(self, pace: ChunkParameters, decodes: list[Sequence], prefills: list[Sequence]) -> int:
         if not prefills:
             return 0
         beside = DecodingRounds.of(decodes)
         budget, _ = self._saver.choose_budget(
-            self.chunk,
+            pace,
             self.predictor.costs,
             step=self._num_steps,
             batch=beside.batch,
@@ -196,14 +214,14 @@ class Scheduler:
             oldest.admitted = True
             self._plan_prefill(oldest, budget, nobody, chosen, now)
 
-    def _fit(self, planned: list[PlannedItem], now: float) -> list[PlannedItem]:
+    def _fit(self, pace: ChunkParameters, planned: list[PlannedItem], now: float) -> list[PlannedItem]:
         """The step as a whole keeps to the batch's slack, and to its prefills' deadlines: the last of them give way."""
         prefills = [item for item in planned if item.num_tokens > 1]
         if len(prefills) < 2:
             return planned
         beside = DecodingRounds.of(item.sequence for item in planned if item.num_tokens == 1)
         chunks = fit_chunks(
-            self.chunk,
+            pace,
             self.predictor.costs,
             [(item.sequence.kv.num_kv, item.num_tokens) for item in prefills],
             sum(item.num_tokens for item in prefills),

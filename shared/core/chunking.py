@@ -24,6 +24,7 @@ class ChunkParameters:
     min_chunk_tokens: int = 64  # slack: a prefill always goes on, were it slowly
     max_prefill_tokens: int = 8_192  # of a step that decodes nothing, and the most that slack may choose
     itl_share: float = 0.9  # slack: of the ITL objective that a step may take; the rest is for what is not predicted
+    calm_itl_share: float = 0.6  # in its place while no prefill hurries (pace.py)
     keeps_on_time: bool = False  # prefills share a step only while that makes none of them late
     limits_batch: bool = False  # no more rounds decode than their ITL objective allows
 

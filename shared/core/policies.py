@@ -96,6 +96,7 @@ PARTS: dict[str, Mapping[str, Any]] = {
     "marginal_routing": {"route": route_threshold},
     "moore_hodgson": {"order.order": "fcfs", "routing.by_deadline": False},
     "slack_chunks": {"routing.chunk.chunk": "fixed"},
+    "calm_steps": {"routing.chunk.calm_itl_share": 1.0},
     "on_time_steps": {"routing.chunk.keeps_on_time": False},
     "batch_limit": {"routing.chunk.limits_batch": False},
     "residency": {"keeps_resident": False, "stages": False},

@@ -1,0 +1,95 @@
+"""Shorter steps while no prefill hurries.
+
+A round that joins a batch waits for the step that runs: its first gap is up to two steps long. Where steps fill the ITL
+objective that makes rounds of few tokens late, for the sake of prefills that may have had seconds to spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from shared.core.chunk_prediction import predict_stretch
+from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.reordering import WaitingPrefill
+from shared.core.slack_saving import plan_saving
+from shared.core.step_costs import MIN_ADDED_S, StepCosts
+
+CALM_TIME_SHARE = 0.35  # of the time that is left until a first token is due, for all prefills of the queue
+MAX_WASTE = 1.15  # of what a token costs at the full pace: small chunks read weights and histories once more for little
+NUM_PACES = 4  # slower than the full one
+
+
+def choose_pace(
+    parameters: ChunkParameters,
+    costs: StepCosts | None,
+    waiting: Sequence[WaitingPrefill],
+    now: float,
+    *,
+    batch: int,
+    mean_context: float,
+    itl_slo_s: float,
+    num_history: int,
+    num_new: int,
+) -> ChunkParameters:
+    """The parameters for the next step beside `batch` decodes: of paces from calm_itl_share to itl_share the slowest
+    that wastes nothing, and at which all that waits is computed in a part of the time that the first of them has left.
+    num_history and num_new: tokens of the prefill that runs first."""
+    if costs is None or batch == 0 or parameters.chunk != "slack" or not waiting:
+        return parameters
+    left_s = CALM_TIME_SHARE * (min(prefill.ttft_deadline for prefill in waiting) - now)
+    work_s = sum(prefill.work_s for prefill in waiting)
+
+    def is_fast_enough(pace: ChunkParameters) -> bool:
+        stretch = predict_stretch(pace, costs, batch=batch, mean_context=mean_context, itl_slo_s=itl_slo_s)
+        return work_s * stretch <= left_s
+
+    if work_s > left_s or not is_fast_enough(parameters):
+        return parameters
+    limit_s = parameters.itl_share * itl_slo_s
+    full_s, _ = _measure_chunk(parameters, costs, batch, mean_context, itl_slo_s, num_history, num_new)
+    for pace in _paces(parameters):
+        if not is_fast_enough(pace):
+            continue
+        token_s, step_s = _measure_chunk(pace, costs, batch, mean_context, itl_slo_s, num_history, num_new)
+        if token_s <= MAX_WASTE * full_s and step_s <= limit_s:
+            return pace
+    return parameters
+
+
+def _measure_chunk(
+    pace: ChunkParameters,
+    costs: StepCosts,
+    batch: int,
+    mean_context: float,
+    itl_slo_s: float,
+    num_history: int,
+    num_new: int,
+) -> tuple[float, float]:
+    """(seconds that a token of the next chunk costs, seconds of the step that has it)."""
+    decode_s = costs.decode_step_s(batch, mean_context)
+    saving = plan_saving(
+        pace,
+        costs,
+        batch=batch,
+        mean_context=mean_context,
+        itl_slo_s=itl_slo_s,
+        num_history=num_history,
+        num_new=num_new,
+    )
+    if saving is not None:
+        return saving.extra_s / saving.num_tokens, decode_s + saving.extra_s
+    budget = budget_prefill_tokens(
+        pace, costs, batch=batch, mean_context=mean_context, itl_slo_s=itl_slo_s, num_history=num_history
+    )
+    num_tokens = min(num_new, budget)
+    step_s = costs.step_s(batch, mean_context, ((num_history, num_tokens),))
+    return max(MIN_ADDED_S, step_s - decode_s) / num_tokens, step_s
+
+
+@lru_cache(maxsize=64)
+def _paces(parameters: ChunkParameters) -> tuple[ChunkParameters, ...]:
+    """The slowest first."""
+    low, high = min(parameters.calm_itl_share, parameters.itl_share), parameters.itl_share
+    return tuple(replace(parameters, itl_share=low + (high - low) * step / NUM_PACES) for step in range(NUM_PACES))
