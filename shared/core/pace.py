@@ -11,13 +11,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 from shared.core.chunk_prediction import predict_stretch
-from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.chunking import ChunkParameters
 from shared.core.reordering import WaitingPrefill
 from shared.core.slack_saving import plan_saving
-from shared.core.step_costs import MIN_ADDED_S, StepCosts
+from shared.core.step_costs import StepCosts
 
 CALM_TIME_SHARE = 0.35  # of the time that is left until a first token is due, for all prefills of the queue
-MAX_WASTE = 1.15  # of what a token costs at the full pace: small chunks read weights and histories once more for little
 NUM_PACES = 4  # slower than the full one
 
 
@@ -34,8 +33,9 @@ def choose_pace(
     num_new: int,
 ) -> ChunkParameters:
     """The parameters for the next step beside `batch` decodes: of paces from calm_itl_share to itl_share the slowest
-    that wastes nothing, and at which all that waits is computed in a part of the time that the first of them has left.
-    num_history and num_new: tokens of the prefill that runs first."""
+    at which all that waits is computed in a part of the time that the first of them has left; none at which chunks are
+    saved up for that make a step longer than it may be. num_history and num_new: tokens of the prefill that runs first.
+    """
     if costs is None or batch == 0 or parameters.chunk != "slack" or not waiting:
         return parameters
     left_s = CALM_TIME_SHARE * (min(prefill.ttft_deadline for prefill in waiting) - now)
@@ -47,45 +47,22 @@ def choose_pace(
 
     if work_s > left_s or not is_fast_enough(parameters):
         return parameters
-    limit_s = parameters.itl_share * itl_slo_s
-    full_s, _ = _measure_chunk(parameters, costs, batch, mean_context, itl_slo_s, num_history, num_new)
+    most_s = parameters.itl_share * itl_slo_s - costs.decode_step_s(batch, mean_context)
     for pace in _paces(parameters):
         if not is_fast_enough(pace):
             continue
-        token_s, step_s = _measure_chunk(pace, costs, batch, mean_context, itl_slo_s, num_history, num_new)
-        if token_s <= MAX_WASTE * full_s and step_s <= limit_s:
+        saving = plan_saving(
+            pace,
+            costs,
+            batch=batch,
+            mean_context=mean_context,
+            itl_slo_s=itl_slo_s,
+            num_history=num_history,
+            num_new=num_new,
+        )
+        if saving is None or saving.extra_s <= most_s:
             return pace
     return parameters
-
-
-def _measure_chunk(
-    pace: ChunkParameters,
-    costs: StepCosts,
-    batch: int,
-    mean_context: float,
-    itl_slo_s: float,
-    num_history: int,
-    num_new: int,
-) -> tuple[float, float]:
-    """(seconds that a token of the next chunk costs, seconds of the step that has it)."""
-    decode_s = costs.decode_step_s(batch, mean_context)
-    saving = plan_saving(
-        pace,
-        costs,
-        batch=batch,
-        mean_context=mean_context,
-        itl_slo_s=itl_slo_s,
-        num_history=num_history,
-        num_new=num_new,
-    )
-    if saving is not None:
-        return saving.extra_s / saving.num_tokens, decode_s + saving.extra_s
-    budget = budget_prefill_tokens(
-        pace, costs, batch=batch, mean_context=mean_context, itl_slo_s=itl_slo_s, num_history=num_history
-    )
-    num_tokens = min(num_new, budget)
-    step_s = costs.step_s(batch, mean_context, ((num_history, num_tokens),))
-    return max(MIN_ADDED_S, step_s - decode_s) / num_tokens, step_s
 
 
 @lru_cache(maxsize=64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens
@@ -56,29 +55,16 @@ def test_all_that_waits_counts_and_the_first_deadline() -> None:
     assert choose(waiting(20.0), waiting(0.2)) is FULL
 
 
-@pytest.mark.parametrize("num_history", [0, 120_000])
-def test_nothing_is_wasted(num_history: int) -> None:
-    """A long history is read once a chunk: cut into small ones the prefill would take a multiple of the time."""
-    pace = choose(waiting(60.0), num_history=num_history, num_new=300, batch=4)
-    beside = {"batch": 4, "mean_context": 2_000.0, "itl_slo_s": ITL_SLO_S, "num_history": num_history}
-
-    def token_s(parameters: ChunkParameters) -> float:
-        num_tokens = min(300, budget_prefill_tokens(parameters, COSTS, **beside))
-        added_s = COSTS.step_s(4, 2_000.0, ((num_history, num_tokens),)) - COSTS.decode_step_s(4, 2_000.0)
-        return added_s / num_tokens
-
-    assert token_s(pace) <= 1.15 * token_s(FULL) + 1e-9
-
-
-@given(left_s=st.floats(-1.0, 30.0), num_new=st.integers(2, 8_192), batch=st.integers(1, 200))
-def test_a_chunk_saved_up_for_at_a_slow_pace_makes_no_step_longer_than_the_full_pace_does(
+@given(left_s=st.floats(-1.0, 300.0), num_new=st.integers(2, 8_192), batch=st.integers(1, 40))
+@example(left_s=300.0, num_new=2_000, batch=30)
+def test_a_chunk_saved_up_for_at_a_slow_pace_makes_no_step_longer_than_it_may_be(
     left_s: float, num_new: int, batch: int
 ) -> None:
-    pace = choose(waiting(left_s, costs=EXPERTS), costs=EXPERTS, batch=batch, num_new=num_new)
-    beside = {"batch": batch, "mean_context": 2_000.0, "itl_slo_s": ITL_SLO_S, "num_history": 0, "num_new": num_new}
+    beside = {"batch": batch, "mean_context": 60_000.0, "itl_slo_s": 0.022, "num_history": 0, "num_new": num_new}
+    pace = choose_pace(FULL, EXPERTS, [waiting(left_s, costs=EXPERTS)], NOW, **beside)  # type: ignore[arg-type]
     saving = plan_saving(pace, EXPERTS, **beside)  # type: ignore[arg-type]
     if pace is not FULL and saving is not None:
-        assert EXPERTS.decode_step_s(batch, 2_000.0) + saving.extra_s <= FULL.itl_share * ITL_SLO_S
+        assert EXPERTS.decode_step_s(batch, 60_000.0) + saving.extra_s <= FULL.itl_share * 0.022
 
 
 def test_nobody_to_spare_no_costs_or_switched_off() -> None:
