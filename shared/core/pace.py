@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from math import inf
 
 from shared.core.chunk_prediction import predict_stretch
 from shared.core.chunking import ChunkParameters
@@ -39,6 +40,8 @@ def choose_pace(
     if costs is None or batch == 0 or parameters.chunk != "slack" or not waiting:
         return parameters
     left_s = CALM_TIME_SHARE * (min(prefill.ttft_deadline for prefill in waiting) - now)
+    if left_s == inf:  # nobody has said that it may take its time
+        return parameters
     work_s = sum(prefill.work_s for prefill in waiting)
 
     def is_fast_enough(pace: ChunkParameters) -> bool:

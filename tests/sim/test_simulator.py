@@ -360,6 +360,15 @@ def test_experts_near_the_objective_of_their_batch_attain(policy: str) -> None:
     assert len(result.rounds) == 360
 
 
+@pytest.mark.parametrize(("ttft_s", "least", "most"), [(60.0, 0.5, 0.65), (2.0, 0.8, 1.0)], ids=["calm", "hurried"])
+def test_a_prefill_takes_less_of_each_step_while_it_has_time(ttft_s: float, least: float, most: float) -> None:
+    sessions = [session(0, 0.0, (1_000, 300)), session(1, 2.0, (16_000, 10))]
+    result, _ = simulate(cluster(both=1), "adaptive", sessions, Slo(ttft_s=ttft_s, itl_s=0.05))
+    decoding, prefilled = sorted(result.rounds, key=lambda one: one.session.index)
+    assert prefilled.ttft_s <= ttft_s
+    assert least * 0.05 < max(gap_s for _, gap_s in decoding.gaps) < most * 0.05
+
+
 @pytest.mark.parametrize("policy", ["colocated", "adaptive"])
 def test_no_more_decode_in_a_step_than_a_worker_has_places(policy: str) -> None:
     """60 rounds at once on a worker of 20 places: nobody is lost, and a step never has more."""

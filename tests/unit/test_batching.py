@@ -349,6 +349,20 @@ def test_slack_chunks_fill_the_tightest_objective_of_the_batch() -> None:
     assert [item.num_tokens for item in scheduler.plan_step()] == [1, 8], "without costs: the fixed size"
 
 
+def test_steps_are_shorter_while_the_prefills_have_time() -> None:
+    """0.1 s leaves room for 10 ms, 2 decodes and 80 tokens at the full pace, 48 of 58 at the calm one."""
+    scheduler = make_scheduler(num_blocks=1000, prefill=512)
+    follow(scheduler, chunk=ChunkParameters(chunk="slack", min_chunk_tokens=16, itl_share=0.5, calm_itl_share=0.35))
+    for name in ("first", "second"):
+        add_session(scheduler, name, 3).itl_slo_s = 0.2
+    run_step(scheduler)
+    new = with_deadline(add_session(scheduler, "new", 400, arrival=1.0), 30.0)
+    sizes = {now: [item.num_tokens for item in scheduler.plan_step(now)] for now in (0.0, 29.0, 40.0)}
+    assert sizes == {0.0: [1, 1, 48], 29.0: [1, 1, 80], 40.0: [1, 1, 80]}
+    with_deadline(new, math.inf)
+    assert [item.num_tokens for item in scheduler.plan_step(0.0)] == [1, 1, 80], "nobody has said that it may wait"
+
+
 @pytest.mark.parametrize("corrects", [True, False])
 def test_measured_steps_correct_the_costs_within_bounds(corrects: bool) -> None:
     costs = make_costs()

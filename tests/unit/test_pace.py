@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -67,7 +69,8 @@ def test_a_chunk_saved_up_for_at_a_slow_pace_makes_no_step_longer_than_it_may_be
         assert EXPERTS.decode_step_s(batch, 60_000.0) + saving.extra_s <= FULL.itl_share * 0.022
 
 
-def test_nobody_to_spare_no_costs_or_switched_off() -> None:
+def test_nobody_to_spare_no_objective_no_costs_or_switched_off() -> None:
+    assert choose(waiting(inf)) is FULL
     assert choose(waiting(10.0), batch=0) is FULL
     assert choose(waiting(10.0), costs=None) is FULL
     assert choose() is FULL
