@@ -89,7 +89,10 @@ def run_cell(
     started = time.monotonic()
     cell = make_cell(profile, workload, traces)
     path = cells / f"{cell.name}.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else describe_cell(cell)
+    described = describe_cell(cell)
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else described
+    if any(content[part] != described[part] for part in ("slo", "run")):
+        sys.exit(f"{path} is of other objectives or runs than today's: remove it, and it is made again")
     wanted = DEEP_PARTS if profile in DEEP else PARTS_OF_GPU[profile.split("-")[0]]
     for part in wanted:
         if part in content and part != "search":

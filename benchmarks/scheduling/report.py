@@ -115,7 +115,7 @@ timing profiles named in each row
 and real traces (`claude_code` cut to 128K tokens of context, or the model's; tool gaps capped at
 {run["max_delay_s"]:g} s; `hotpotqa` and `toolbench` do not know their tool times: 1 s). Arrivals are Poisson. Searches
 use seed 0, everything else seeds 1 to 3: mean (lowest to highest). A run warms up for as long as nine of ten sessions
-take whose tokens are just on time, and is measured after that, for ten TTFT objectives at least: what counts is what
+take whose tokens are just on time, and is measured after that, over eight TTFT objectives at least: what counts is what
 can be sustained.
 
 Objectives: TTFT 5 x the workload's unloaded 90th percentile, ITL 3.5 x an unloaded decode step, on the smallest workers

@@ -160,7 +160,7 @@ class PrefillPlanner:
         if not ready:
             return [], 0
         batch = self._batch
-        parameters = self._choose_pace(ready[0], now)
+        parameters = self._choose_pace(ready, now)
         budget = self._choose_budget(ready, parameters)
         if not budget:
             return [], 0
@@ -186,19 +186,19 @@ class PrefillPlanner:
         # a preemption may have taken a prefill that was chosen before it
         return [(prefill, size) for prefill, size in chunks if prefill in self._queue.admitted], budget
 
-    def _choose_pace(self, first: SimPrefill, now: float) -> ChunkParameters:
+    def _choose_pace(self, ready: list[SimPrefill], now: float) -> ChunkParameters:
         if self._pauses:
             return self._policy.chunk
         return choose_pace(
             self._policy.chunk,
             self._costs,
-            [prefill.waiting for prefill in self._queue.waiting],
+            [prefill.waiting for prefill in (*self._queue.unstaged, *self._queue.waiting) if not prefill.is_fetching],
             now,
             batch=self._batch.size,
             mean_context=self._batch.mean_context,
             itl_slo_s=self._itl_slo_s,
-            num_history=first.kv.num_tokens,
-            num_new=first.num_missing,
+            num_history=ready[0].kv.num_tokens,
+            num_waiting=sum(prefill.num_missing for prefill in ready),
         )
 
     def _choose_budget(self, ready: list[SimPrefill], parameters: ChunkParameters) -> int:

@@ -26,7 +26,7 @@ class RemotePrefills:
         events: EventHeap,
         links: Links,
     ) -> None:
-        self.unstaged: list[SimPrefill] = []  # whose history is not asked for yet
+        self.unstaged = queue.unstaged
         self._worker = worker
         self._memory = worker.memory
         self._queue = queue

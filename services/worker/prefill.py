@@ -48,6 +48,7 @@ class PrefillRole:
         self._changed = asyncio.Event()
         self._staged: set[PrefillJob] = set()  # off the queue and not computed yet
         self._order = PrefillOrder(context.policy.order, context.engine.scheduler.room)
+        context.engine.scheduler.list_unstaged = lambda: [job.waiting for job in self._queue]
         self._steps = PrefillSteps(context)
         self.residents = Residents(
             context.engine, max_residents=context.limits.max_residents, on_lost=context.kv_changes.note_gone

@@ -9,7 +9,7 @@ ones when nothing else could go on, so something always makes progress.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -22,7 +22,7 @@ from shared.core.kv_memory import KvMemory
 from shared.core.pace import choose_pace
 from shared.core.preemption import Behind, Preemption, nobody
 from shared.core.prefill_admission import PrefillAdmission, has_begun
-from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder
+from shared.core.reordering import AgedRoom, OrderParameters, PrefillOrder, WaitingPrefill
 from shared.core.retention import RetentionName
 from shared.core.sequences import PlannedItem, Sequence, SequenceState, SessionKv
 from shared.core.slack_saving import SlackSaver
@@ -54,6 +54,7 @@ class Scheduler:
         self.order = PrefillOrder(OrderParameters(order="fcfs"), self.room)
         self._saver = SlackSaver()
         self._num_steps = 0  # planned so far
+        self.list_unstaged: Callable[[], Iterable[WaitingPrefill]] = tuple  # for other workers, not sequences yet
         self.follow(ChunkParameters(), OrderParameters(order="fcfs"), "lru", StepPredictor())
         self._restores: list[Sequence] = []  # to be begun
 
@@ -160,13 +161,13 @@ class Scheduler:
         return choose_pace(
             self.chunk,
             self.predictor.costs,
-            [sequence.as_waiting() for sequence in prefills],
+            [*(sequence.as_waiting() for sequence in prefills), *self.list_unstaged()],
             now,
             batch=beside.batch,
             mean_context=beside.mean_context,
             itl_slo_s=beside.itl_slo_s,
             num_history=prefills[0].kv.num_kv,
-            num_new=prefills[0].kv.num_missing,
+            num_waiting=sum(sequence.kv.num_missing for sequence in prefills),
         )
 
     def _budget(self, pace: ChunkParameters, decodes: list[Sequence], prefills: list[Sequence]) -> int:

@@ -31,17 +31,20 @@ def choose_pace(
     mean_context: float,
     itl_slo_s: float,
     num_history: int,
-    num_new: int,
+    num_waiting: int,
 ) -> ChunkParameters:
     """The parameters for the next step beside `batch` decodes: of paces from calm_itl_share to itl_share the slowest
     at which all that waits is computed in a part of the time that the first of them has left; none at which chunks are
-    saved up for that make a step longer than it may be. num_history and num_new: tokens of the prefill that runs first.
+    saved up for that make a step longer than it may be.
+
+    waiting: those not staged yet as well. num_history: of the prefill that runs first. num_waiting: tokens of all that
+    wait for a step, as in SlackSaver.choose_budget.
     """
     if costs is None or batch == 0 or parameters.chunk != "slack" or not waiting:
         return parameters
-    left_s = CALM_TIME_SHARE * (min(prefill.ttft_deadline for prefill in waiting) - now)
-    if left_s == inf:  # nobody has said that it may take its time
+    if any(prefill.ttft_deadline == inf for prefill in waiting):  # it has not said that it may wait
         return parameters
+    left_s = CALM_TIME_SHARE * (min(prefill.ttft_deadline for prefill in waiting) - now)
     work_s = sum(prefill.work_s for prefill in waiting)
 
     def is_fast_enough(pace: ChunkParameters) -> bool:
@@ -61,7 +64,7 @@ def choose_pace(
             mean_context=mean_context,
             itl_slo_s=itl_slo_s,
             num_history=num_history,
-            num_new=num_new,
+            num_new=num_waiting,
         )
         if saving is None or saving.extra_s <= most_s:
             return pace

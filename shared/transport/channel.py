@@ -140,15 +140,17 @@ class Channel:
             raise self._failure(error, "took no descriptor") from error
 
     def receive_descriptor(self) -> int:
-        """The caller closes it."""
+        """The caller closes it. Raises ConnectionLost, and KvTransferError where the message came without it."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise self._failure(error, "sent no descriptor") from error
-        if not data or len(descriptors) != 1:
+        if not data:
+            raise ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, "the peer closed the connection instead")
+        if len(descriptors) != 1:  # it sent none, or this process may not have it, or has too many
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise ConnectionLost(ErrorCode.KV_TRANSFER_FAILED, "the peer sent no descriptor")
+            raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, "no descriptor has come with the peer's message")
         return descriptors[0]
 
     # --------------------------------------------------------------------------------------- bytes

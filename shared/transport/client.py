@@ -251,7 +251,7 @@ class KvClient:
         raise failure
 
     def _bar_lane(self, connection: Connection, error: LaneUnusable) -> None:
-        """The next pulls from this worker incarnation go another way, if there is one."""
+        """The next pulls from this worker incarnation go another way, if it has one."""
         assert connection.lane is not None
         with self._lock:
             self._barred.setdefault(connection.peer, set()).add(connection.lane.name)

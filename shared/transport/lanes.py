@@ -110,11 +110,11 @@ class Lanes:
         self._streams = streams
 
     def names(self, channel: Channel, barred: Collection[str] = ()) -> tuple[str, ...]:
-        """Those that the connection allows; but for the barred ones, unless there is nothing else."""
+        """Those that the connection allows, the barred ones last."""
         names = [lane.name for lane in self._one_sided if lane.suits(channel)]
         if self._streams:
             names.append(STREAM)
-        return tuple(name for name in names if name not in barred) or tuple(names)
+        return tuple(sorted(names, key=lambda name: name in barred))
 
     def choose(self, channel: Channel, offered: Sequence[str]) -> str:
         """The first of the receiver's that we have too. Raises KvTransferError that says what differs."""

@@ -133,12 +133,16 @@ class NixlLane:
         with self._changed:
             pool = self._pools.get(body.agent)
             if pool is None:
+                name = ""
                 try:
                     name = self.agent.add_peer(body.agent)
                     addresses = range(body.address, body.address + body.num_bytes, self._block_bytes)
                     place = Place(body.kind, body.device_index)
                     blocks = self.agent.prepare(name, place, addresses, self._block_bytes)
                 except NixlError as error:
+                    if name:
+                        with contextlib.suppress(NixlError):
+                            self.agent.remove_peer(name)
                     raise KvTransferError(
                         ErrorCode.KV_TRANSFER_FAILED, f"nixl cannot reach {peer[0]}: {error}"
                     ) from error

@@ -107,7 +107,7 @@ def greet(
     request: PullRequest,
     barred: Collection[str] = (),
 ) -> Connection:
-    """Open a new connection's conversation. `barred`: lanes not to be offered. Raises KvTransferError that says what
+    """Open a new connection's conversation. `barred`: lanes to be offered last. Raises KvTransferError that says what
     differs."""
     layout = memory.layout
     mine = Hello(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from kv_proxy import FaultProxy, Tamper
 
@@ -49,7 +48,9 @@ def make_lanes(family: str, memory: HostKvMemory, worker: tuple[str, int], *, st
                 memory.flat = DeviceBytes(torch.frombuffer(memory.region.data, dtype=torch.uint8))  # type: ignore[assignment]
             return Lanes([NixlLane(memory, worker[0], chunk_bytes=CHUNK_BYTES)], streams=streams)
         case "nixl-tcp":  # as between hosts without RDMA: a read goes on only with its sender's help
-            with mock.patch.dict(os.environ, UCX_OVER_TCP):
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in UCX_OVER_TCP.items():
+                    patch.setenv(name, value)
                 return make_lanes("nixl", memory, worker, streams=streams)
         case _:
             return Lanes()

@@ -70,6 +70,7 @@ async def test_many_frames_arrive_bit_identical(family: str, tmp_path: Path) -> 
         assert result.num_segments > 2
         assert result.lane.split()[0] == family.removesuffix("-tcp")
         if family.startswith("nixl"):
+            assert "tcp" in result.lane, "what UCX took is not known"
             assert ("cma" in result.lane) == (family == "nixl"), "UCX took another way than this family is for"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -359,6 +360,9 @@ def test_steps_are_shorter_while_the_prefills_have_time() -> None:
     new = with_deadline(add_session(scheduler, "new", 400, arrival=1.0), 30.0)
     sizes = {now: [item.num_tokens for item in scheduler.plan_step(now)] for now in (0.0, 29.0, 40.0)}
     assert sizes == {0.0: [1, 1, 48], 29.0: [1, 1, 80], 40.0: [1, 1, 80]}
+    scheduler.list_unstaged = lambda: [replace(new.waiting, work_s=29.0)]
+    assert [item.num_tokens for item in scheduler.plan_step(0.0)] == [1, 1, 80], "more waits than there is time for"
+    scheduler.list_unstaged = tuple
     with_deadline(new, math.inf)
     assert [item.num_tokens for item in scheduler.plan_step(0.0)] == [1, 1, 80], "nobody has said that it may wait"
 

@@ -11,7 +11,7 @@ from shared.core.chunking import ChunkParameters, budget_prefill_tokens
 from shared.core.pace import choose_pace
 from shared.core.policies import find_policy, switch_off
 from shared.core.reordering import WaitingPrefill
-from shared.core.slack_saving import plan_saving
+from shared.core.slack_saving import SlackSaver
 from shared.core.step_costs import StepCosts
 from shared.core.types import RoundKey
 from shared.profile_files import load_profile
@@ -28,11 +28,15 @@ def waiting(left_s: float, num_tokens: int = 2_000, *, costs: StepCosts = COSTS)
 
 
 def choose(
-    *queue: WaitingPrefill, costs: StepCosts | None = COSTS, batch: int = 16, num_history: int = 0, num_new: int = 2_000
+    *queue: WaitingPrefill,
+    costs: StepCosts | None = COSTS,
+    batch: int = 16,
+    num_history: int = 0,
+    num_waiting: int = 2_000,
 ) -> ChunkParameters:
     return choose_pace(
         FULL, costs, queue, NOW, batch=batch, mean_context=2_000.0, itl_slo_s=ITL_SLO_S,
-        num_history=num_history, num_new=num_new,
+        num_history=num_history, num_waiting=num_waiting,
     )  # fmt: skip
 
 
@@ -57,25 +61,35 @@ def test_all_that_waits_counts_and_the_first_deadline() -> None:
     assert choose(waiting(20.0), waiting(0.2)) is FULL
 
 
-@given(left_s=st.floats(-1.0, 300.0), num_new=st.integers(2, 8_192), batch=st.integers(1, 40))
-@example(left_s=300.0, num_new=2_000, batch=30)
-def test_a_chunk_saved_up_for_at_a_slow_pace_makes_no_step_longer_than_it_may_be(
-    left_s: float, num_new: int, batch: int
+@given(
+    left_s=st.floats(-1.0, 300.0),
+    first=st.integers(2, 8_192),
+    others=st.integers(0, 8_192),
+    batch=st.integers(1, 40),
+    mean_context=st.floats(1_000.0, 60_000.0),
+)
+@example(left_s=300.0, first=2_000, others=0, batch=30, mean_context=60_000.0)
+@example(left_s=300.0, first=40, others=4_000, batch=1, mean_context=8_000.0)
+def test_what_is_saved_up_for_at_a_slow_pace_makes_no_step_longer_than_it_may_be(
+    left_s: float, first: int, others: int, batch: int, mean_context: float
 ) -> None:
-    beside = {"batch": batch, "mean_context": 60_000.0, "itl_slo_s": 0.022, "num_history": 0, "num_new": num_new}
-    pace = choose_pace(FULL, EXPERTS, [waiting(left_s, costs=EXPERTS)], NOW, **beside)  # type: ignore[arg-type]
-    saving = plan_saving(pace, EXPERTS, **beside)  # type: ignore[arg-type]
-    if pace is not FULL and saving is not None:
-        assert EXPERTS.decode_step_s(batch, 60_000.0) + saving.extra_s <= FULL.itl_share * 0.022
+    itl_slo_s = 0.022
+    queue = [waiting(left_s, num_tokens, costs=EXPERTS) for num_tokens in (first, others) if num_tokens]
+    beside = {"batch": batch, "mean_context": mean_context, "itl_slo_s": itl_slo_s, "num_history": 0}
+    pace = choose_pace(FULL, EXPERTS, queue, NOW, **beside, num_waiting=first + others)  # type: ignore[arg-type]
+    budget, _ = SlackSaver().choose_budget(pace, EXPERTS, step=1, **beside, num_waiting=first + others)  # type: ignore[arg-type]
+    if pace is not FULL and budget > pace.min_chunk_tokens:
+        assert EXPERTS.step_s(batch, mean_context, ((0, budget),)) <= FULL.itl_share * itl_slo_s + 1e-9
 
 
 def test_nobody_to_spare_no_objective_no_costs_or_switched_off() -> None:
     assert choose(waiting(inf)) is FULL
+    assert choose(waiting(60.0), waiting(inf)) is FULL
     assert choose(waiting(10.0), batch=0) is FULL
     assert choose(waiting(10.0), costs=None) is FULL
     assert choose() is FULL
     fixed = find_policy("colocated").routing.chunk
-    options = {"batch": 16, "mean_context": 2_000.0, "itl_slo_s": ITL_SLO_S, "num_history": 0, "num_new": 2_000}
+    options = {"batch": 16, "mean_context": 2_000.0, "itl_slo_s": ITL_SLO_S, "num_history": 0, "num_waiting": 2_000}
     assert choose_pace(fixed, COSTS, [waiting(10.0)], NOW, **options) is fixed
     off = switch_off(find_policy("adaptive"), "calm_steps").routing.chunk
     assert choose_pace(off, COSTS, [waiting(10.0)], NOW, **options).itl_share == off.itl_share
