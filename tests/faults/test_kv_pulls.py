@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import mmap
+import os
+import socket
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,23 +253,39 @@ async def test_a_unix_socket_of_another_worker_is_passed_over(tmp_path: Path) ->
         pair.assert_moved(lease, request)
 
 
-@pytest.mark.parametrize(("family", "stream"), [("shm", "unix"), ("nixl", "tcp")], indirect=["family"])
+@pytest.mark.parametrize(
+    ("family", "stream", "what"),
+    [("shm", "unix", "mapping"), ("shm", "unix", "descriptor"), ("nixl", "tcp", "peer")],
+    indirect=["family"],
+)
 @pytest.mark.parametrize("streams", [True, False], ids=["auto", "nothing-else"])
 async def test_a_pool_that_cannot_be_read_here_is_pulled_from_another_way(
-    family: str, stream: str, streams: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, stream: str, what: str, streams: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pull fails, typed: its ticket is used. Those after it go through the connection, if they may."""
 
     def no_mapping(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
+    def no_descriptor(*args: Any) -> tuple[bytes, list[int], int, Any]:
+        data, descriptors, flags, address = receive(*args)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return data, [], flags, address
+
     def no_peer(*_: object) -> str:
         raise NixlError("no such transport")
 
+    receive = socket.recv_fds
+    missing: dict[str, tuple[Any, str, Any]] = {
+        "mapping": (mmap, "mmap", no_mapping),
+        "descriptor": (socket, "recv_fds", no_descriptor),
+        "peer": (NixlAgent, "add_peer", no_peer),
+    }
+
     async with KvPair(family, tmp_path, streams=streams) as pair:
         with monkeypatch.context() as patch:
-            patch.setattr(mmap, "mmap", no_mapping)
-            patch.setattr(NixlAgent, "add_peer", no_peer)
+            patch.setattr(*missing[what])
             failure = await pair.pull_failure(pair.request(pair.grant(0, 10)))
             assert failure.code is ErrorCode.KV_TRANSFER_FAILED
             assert failure.message.startswith(f"{family}: ")
