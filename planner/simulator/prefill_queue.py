@@ -57,9 +57,7 @@ class PrefillQueue:
 
     def __init__(self) -> None:
         self.waiting: list[SimPrefill] = []  # ready or restoring, by arrival
-        self.unstaged: list[
-            SimPrefill
-        ] = []  # for other workers, whose history is not asked for yet (remote_prefills.py)
+        self.unstaged: list[SimPrefill] = []  # for other workers, whose history is not asked for yet
         self.admitted: dict[SimPrefill, None] = {}  # have begun: they may take room to their end
 
     def begin(self, prefill: SimPrefill) -> None:

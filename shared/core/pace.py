@@ -73,6 +73,8 @@ def choose_pace(
 
 @lru_cache(maxsize=64)
 def _paces(parameters: ChunkParameters) -> tuple[ChunkParameters, ...]:
-    """The slowest first."""
-    low, high = min(parameters.calm_itl_share, parameters.itl_share), parameters.itl_share
+    """The slowest first; none where the calm share is no smaller."""
+    low, high = parameters.calm_itl_share, parameters.itl_share
+    if low >= high:
+        return ()
     return tuple(replace(parameters, itl_share=low + (high - low) * step / NUM_PACES) for step in range(NUM_PACES))
