@@ -24,8 +24,10 @@ from planner.simulator.rounds import SimRound
 from planner.simulator.simulation import Result, Simulation
 from planner.simulator.worker import SimWorker
 from shared.core.batch_limit import BATCH_SHARE
+from shared.core.chunking import ChunkParameters
 from shared.core.policies import POLICIES, SchedulingPolicy, find_policy, switch_off, with_options
 from shared.core.profile import Profile
+from shared.core.reordering import WaitingPrefill
 from shared.core.step_costs import StepCosts
 from shared.messages import Role, Slo
 from shared.profile_files import load_profile
@@ -367,6 +369,22 @@ def test_a_prefill_takes_less_of_each_step_while_it_has_time(ttft_s: float, leas
     decoding, prefilled = sorted(result.rounds, key=lambda one: one.session.index)
     assert prefilled.ttft_s <= ttft_s
     assert least * 0.05 < max(gap_s for _, gap_s in decoding.gaps) < most * 0.05
+
+
+def test_the_pace_counts_prefills_that_are_not_staged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 for one prefill worker, which stages a few at a time."""
+    most = 0
+
+    def watch(
+        parameters: ChunkParameters, costs: StepCosts, waiting: Sequence[WaitingPrefill], *_: Any, **__: Any
+    ) -> Any:
+        nonlocal most
+        most = max(most, len(waiting))
+        return parameters
+
+    monkeypatch.setattr("planner.simulator.prefill_planner.choose_pace", watch)
+    simulate(cluster(prefill=1, decode=1), "remote", [session(index, 0.0, (8_000, 2)) for index in range(40)])
+    assert most > 30
 
 
 @pytest.mark.parametrize("policy", ["colocated", "adaptive"])
