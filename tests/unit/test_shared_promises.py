@@ -250,3 +250,5 @@ async def test_a_resident_longer_than_the_prompt_puts_nothing_aside(num_kept: in
     queue("other", 300, 999.95)  # needs 19 blocks
     assert role._take_next() is not None
     assert role._take_next() is None, "there is no room for it"
+    unstaged = [waiting.key.session for waiting in scheduler.list_unstaged()]
+    assert unstaged == ["aged", "other"], "the pace of steps counts them"
