@@ -29,6 +29,7 @@ CROWD_SPREAD = 0.05  # of the ITL objective: how sharply a batch turns crowded
 NO_ROOM = 0.3  # a round that does not fit beside those in flight is probably late
 MOVE_BELOW = 0.8  # rounds on time: a session moves only when it would probably be late where it is
 ON_TIME_IS_ALIKE = 0.02  # rounds: options this close are told apart by what they cost
+MAX_DELAY_COST = 0.05  # rounds: what a batch loses tells options apart, it does not make a round late
 
 
 def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
@@ -126,11 +127,12 @@ def _judge(
 
 
 def _score(option: OptionEstimate, load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:
-    """Rounds on time, less a little for what it takes: time until the first token; the worker's time at a price that
-    grows with its backlog, so that what is late anyway goes where nobody waits; the detour over a worker that is there
-    to decode for others."""
+    """Rounds on time, less a little for what it takes: time until the first token, and that the batch beside it loses,
+    each of its rounds; the worker's time at a price that grows with its backlog, so that what is late anyway goes where
+    nobody waits; the detour over a worker that is there to decode for others."""
     ttft_s = view.slo.ttft_s
     cost = ON_TIME_IS_ALIKE * option.total_s / ttft_s
+    cost += min(MAX_DELAY_COST, parameters.delay_price * len(load.decoding) * option.work_s / ttft_s)
     cost += parameters.congestion_price * (option.work_s / ttft_s) * (load.wait_s(view.now) / ttft_s)
     if option.placement == "remote" and load.takes_decode:
         cost += parameters.detour_cost

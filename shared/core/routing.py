@@ -40,6 +40,7 @@ class RoutingParameters:
     by_deadline: bool = False  # queues are served on-time rounds first (moore_hodgson), else first come first served
     uncertainty: float = 0.15  # adaptive: standard deviation of a prediction, relative
     congestion_price: float = 1.0  # adaptive: rounds, for work and backlog of one TTFT objective each
+    delay_price: float = 0.02  # adaptive: rounds, for each round of the batch that loses one TTFT objective
     crowd_price: float = 0.0  # adaptive: rounds, for a prefill beside a batch that leaves hardly any slack
     crowd_share: float = 0.75  # adaptive: of the ITL objective, the decode step from which a batch is crowded
     detour_cost: float = 0.02  # adaptive: rounds that a remote prefill must be better by, where others decode

@@ -98,6 +98,22 @@ def test_a_round_that_may_still_be_on_time_is_not_owed() -> None:
     outcome = summarise(make_result([finished], [young]), SLO, until_s=16.0)
     assert outcome.num_rounds == 1
     assert outcome.attainment == 1.0
+    assert outcome.session_attainment == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sent_at", "ttft_s", "attained"),
+    [(15.5, None, 1.0), (14.5, 0.8, 1.0), (14.5, 1.2, 0.0), (14.5, None, 0.0), (13.5, 0.8, 0.0)],
+    ids=["may be on time", "decodes on time", "first token late", "first token overdue", "last token overdue"],
+)
+def test_a_round_in_flight_counts_against_its_session_once_it_is_late(
+    sent_at: float, ttft_s: float | None, attained: float
+) -> None:
+    session = make_session(3)
+    finished = make_round(session, 0, 0.0, ttft_s=0.5)
+    in_flight = make_round(session, 1, sent_at, ttft_s=ttft_s)
+    in_flight.finished_at = -1.0
+    assert summarise(make_result([finished], [in_flight]), SLO, until_s=16.0).session_attainment == attained
 
 
 def test_everything_after_a_failed_round_counts_against_attainment() -> None:

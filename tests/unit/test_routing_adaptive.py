@@ -10,6 +10,7 @@ import pytest
 
 from shared.core.load import WorkerLoad
 from shared.core.marginal import (
+    MAX_DELAY_COST,
     MOVE_BELOW,
     NO_ROOM,
     NUM_LEAST_LOADED,
@@ -68,7 +69,11 @@ def weigh(seen: RoutingView, one: OptionEstimate) -> float:
     loads = {load.worker_id: load for load in (seen.decode, *seen.prefill_workers, *seen.movable)}
     wait_s = loads[one.worker_id].wait_s(seen.now)
     time_cost = ON_TIME_IS_ALIKE * one.total_s / SLO.ttft_s
-    return time_cost + PARAMETERS.congestion_price * one.work_s * wait_s / SLO.ttft_s**2 + PARAMETERS.detour_cost
+    delay_cost = min(
+        MAX_DELAY_COST, PARAMETERS.delay_price * len(loads[one.worker_id].decoding) * one.work_s / SLO.ttft_s
+    )
+    congestion_cost = PARAMETERS.congestion_price * one.work_s * wait_s / SLO.ttft_s**2
+    return time_cost + delay_cost + congestion_cost + PARAMETERS.detour_cost
 
 
 def route(seen: RoutingView) -> RoutingDecision:
@@ -86,7 +91,7 @@ def option(decision: RoutingDecision, worker_id: str) -> OptionEstimate:
 # --------------------------------------------------------------------------- where it computes
 
 
-@pytest.mark.parametrize("decoding", [0, 4, 32])
+@pytest.mark.parametrize("decoding", [0, 4, 16])
 def test_local_when_it_fits(decoding: int) -> None:
     decision = route(view(worker("d", decoding=decoding), worker("p")))
     assert (decision.placement, decision.worker_id, decision.moves_session) == ("local", "d", False)
@@ -106,15 +111,36 @@ def test_remote_when_the_batch_leaves_no_time_for_chunks() -> None:
     assert decision.placement == "remote"
 
 
+def test_what_the_batch_would_lose_tells_options_apart() -> None:
+    """32 rounds that decode would all wait for the prefill; where nobody decodes it costs some KV transfer."""
+    dedicated = worker("p", role="prefill", queue_s=0.1, due_s=0.5)
+    alone, beside = view(worker("d"), dedicated), view(worker("d", decoding=32), dedicated)
+    assert [route(seen).placement for seen in (alone, beside)] == ["local", "remote"]
+    free = replace(PARAMETERS, delay_price=0.0)
+    assert route_adaptive(beside, free).placement == "local"
+    assert all(one.on_time > 0.99 for one in route(beside).options)
+
+
+def test_what_the_batch_would_lose_makes_nobody_late() -> None:
+    """However many decode: where the first token is expected late, the prefill does not go."""
+    crowded, busy = worker("d", decoding=128), worker("p", role="prefill", queue_s=0.85)
+    seen = view(crowded, busy, num_total_tokens=21_000)
+    dear = replace(PARAMETERS, delay_price=10.0)
+    decision = route_adaptive(seen, dear)
+    assert decision.placement == "local"
+    assert option(decision, "d").on_time > option(decision, "p").on_time + MAX_DELAY_COST
+
+
 def test_a_crowded_batch_has_its_price_if_one_is_set() -> None:
     """240 sequences leave time for small chunks, not for many: the prefill would be on time, the batch would grow."""
     crowded, free = worker("d", decoding=240), worker("p", role="prefill", queue_s=0.3, due_s=0.5)
-    seen = view(crowded, free)
+    seen, unpriced = view(crowded, free), replace(PARAMETERS, delay_price=0.0)
     assert COSTS.decode_step_s(241, 2_000) > PARAMETERS.crowd_share * SLO.itl_s
-    assert option(route(seen), "d").on_time > 0.99
-    assert route(seen).placement == "local"
-    assert option(route(seen), "d").disturbed == 0.0
-    priced = replace(PARAMETERS, crowd_price=0.5)
+    decision = route_adaptive(seen, unpriced)
+    assert decision.placement == "local"
+    assert option(decision, "d").on_time > 0.99
+    assert option(decision, "d").disturbed == 0.0
+    priced = replace(unpriced, crowd_price=0.5)
     assert route_adaptive(seen, priced).placement == "remote"
     assert route_adaptive(view(worker("d", decoding=60), free), priced).placement == "local"
 
