@@ -12,6 +12,7 @@ from planner.simulator.preemption import Preemption
 from planner.simulator.prefill_queue import PrefillQueue, SimPrefill
 from shared.core.chunk_prediction import predict_stretch
 from shared.core.chunking import ChunkParameters, fit_chunks
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.pace import choose_pace
 from shared.core.policies import SchedulingPolicy
 from shared.core.reordering import AgedRoom, PrefillOrder
@@ -19,6 +20,7 @@ from shared.core.slack_saving import SlackSaver
 from shared.core.step_costs import StepCosts
 
 Chunk = tuple[SimPrefill, int]  # so many tokens of it
+NOBODY = DecodingRounds(0, 0.0, 0.0)
 
 
 class PrefillPlanner:
@@ -159,25 +161,22 @@ class PrefillPlanner:
     def _fill_budget(self, ready: list[SimPrefill], now: float) -> tuple[list[Chunk], int]:
         if not ready:
             return [], 0
-        batch = self._batch
         parameters = self._choose_pace(ready, now)
         budget = self._choose_budget(ready, parameters)
         if not budget:
             return [], 0
         self._order.note_turn(ready[0].waiting)
-        ready = ready[: max(1, self._max_batch - batch.size)]
+        ready = ready[: max(1, self._max_batch - self._batch.size)]
         sizes = fit_chunks(
             parameters,
             self._costs,
             [(prefill.kv.num_tokens, prefill.num_missing) for prefill in ready],
             budget,
-            batch=0 if self._pauses else batch.size,
-            mean_context=batch.mean_context,
-            itl_slo_s=self._itl_slo_s,
+            NOBODY if self._pauses else self._measure_decoding(),
             time_left_s=[prefill.waiting.ttft_deadline - now for prefill in ready],
         )
         chunks: list[Chunk] = []
-        num_tokens = batch.size
+        num_tokens = self._batch.size
         for prefill, size in zip(ready, sizes, strict=False):
             num_tokens += size
             if not self._memory.make_room(num_tokens, now) and not self._preemption.make_room(prefill, num_tokens, now):
@@ -192,33 +191,28 @@ class PrefillPlanner:
         return choose_pace(
             self._policy.chunk,
             self._costs,
+            self._measure_decoding(),
             [prefill.waiting for prefill in (*self._queue.unstaged, *self._queue.waiting) if not prefill.is_fetching],
             now,
-            batch=self._batch.size,
-            mean_context=self._batch.mean_context,
-            itl_slo_s=self._itl_slo_s,
             num_history=ready[0].kv.num_tokens,
             num_waiting=sum(prefill.num_missing for prefill in ready),
         )
 
     def _choose_budget(self, ready: list[SimPrefill], parameters: ChunkParameters) -> int:
         num_history = ready[0].kv.num_tokens
-        batch = self._batch.size
-        mean_context = self._batch.mean_context
-        itl_slo_s = self._itl_slo_s
-        if self._pauses and batch:  # the chunk runs alone, between decode steps
-            itl_slo_s -= self._costs.decode_step_s(batch, mean_context) / parameters.itl_share
-            batch = 0
+        beside = self._measure_decoding()
+        if self._pauses and beside.batch:  # the chunk runs alone, between decode steps
             if parameters.chunk == "slack":
-                fitting = self._costs.largest_chunk(0, 0.0, num_history, parameters.itl_share * itl_slo_s)
+                decode_s = self._costs.decode_step_s(beside.batch, beside.mean_context)
+                limit_s = parameters.itl_share * beside.itl_slo_s - decode_s
+                fitting = self._costs.largest_chunk(0, 0.0, num_history, limit_s)
                 return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
+            beside = NOBODY
         budget, self._num_steps_alike = self._saver.choose_budget(
             parameters,
             self._costs,
+            beside,
             step=self._batch.tick,
-            batch=batch,
-            mean_context=mean_context,
-            itl_slo_s=itl_slo_s,
             num_history=num_history,
             num_waiting=sum(prefill.num_missing for prefill in ready),
         )
@@ -230,13 +224,9 @@ class PrefillPlanner:
 
     def measure_stretch(self) -> float:
         """How much longer prefills take beside the batch than alone."""
-        batch = self._batch
-        if not batch.size or self._pauses or not self._order.by_deadline:
+        if not self._batch.size or self._pauses or not self._order.by_deadline:
             return 1.0
-        return predict_stretch(
-            self._policy.chunk,
-            self._costs,
-            batch=batch.size,
-            mean_context=batch.mean_context,
-            itl_slo_s=self._itl_slo_s,
-        )
+        return predict_stretch(self._policy.chunk, self._costs, self._measure_decoding())
+
+    def _measure_decoding(self) -> DecodingRounds:
+        return DecodingRounds(self._batch.size, self._batch.mean_context, self._itl_slo_s)

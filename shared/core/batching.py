@@ -16,7 +16,7 @@ from math import inf
 
 from shared.core.chunk_prediction import predict_stretch
 from shared.core.chunking import ChunkParameters, fit_chunks
-from shared.core.decode_choice import DecodingRounds, choose_decodes
+from shared.core.decode_choice import choose_decodes, measure_decoding
 from shared.core.kv_blocks import BlockAllocator
 from shared.core.kv_memory import KvMemory
 from shared.core.pace import choose_pace
@@ -157,15 +157,12 @@ class Scheduler:
     def _choose_pace(self, decodes: list[Sequence], prefills: list[Sequence], now: float) -> ChunkParameters:
         if not prefills:
             return self.chunk
-        beside = DecodingRounds.of(decodes)
         return choose_pace(
             self.chunk,
             self.predictor.costs,
+            measure_decoding(decodes),
             [*(sequence.as_waiting() for sequence in prefills), *self.list_unstaged()],
             now,
-            batch=beside.batch,
-            mean_context=beside.mean_context,
-            itl_slo_s=beside.itl_slo_s,
             num_history=prefills[0].kv.num_kv,
             num_waiting=sum(sequence.kv.num_missing for sequence in prefills),
         )
@@ -173,14 +170,11 @@ class Scheduler:
     def _budget(self, pace: ChunkParameters, decodes: list[Sequence], prefills: list[Sequence]) -> int:
         if not prefills:
             return 0
-        beside = DecodingRounds.of(decodes)
         budget, _ = self._saver.choose_budget(
             pace,
             self.predictor.costs,
+            measure_decoding(decodes),
             step=self._num_steps,
-            batch=beside.batch,
-            mean_context=beside.mean_context,
-            itl_slo_s=beside.itl_slo_s,
             num_history=prefills[0].kv.num_kv,
             num_waiting=sum(sequence.kv.num_missing for sequence in prefills),
         )
@@ -220,15 +214,12 @@ class Scheduler:
         prefills = [item for item in planned if item.num_tokens > 1]
         if len(prefills) < 2:
             return planned
-        beside = DecodingRounds.of(item.sequence for item in planned if item.num_tokens == 1)
         chunks = fit_chunks(
             pace,
             self.predictor.costs,
             [(item.sequence.kv.num_kv, item.num_tokens) for item in prefills],
             sum(item.num_tokens for item in prefills),
-            batch=beside.batch,
-            mean_context=beside.mean_context,
-            itl_slo_s=beside.itl_slo_s,
+            measure_decoding(item.sequence for item in planned if item.num_tokens == 1),
             time_left_s=[item.sequence.as_waiting().ttft_deadline - now if item.samples else inf for item in prefills],
         )
         kept = [item for item in planned if item.num_tokens == 1]
@@ -261,14 +252,8 @@ class Scheduler:
         costs = self.predictor.costs
         if costs is None or not self.order.by_deadline:
             return 1.0
-        beside = DecodingRounds.of(s for s in self._ready() if s.kv.num_missing == 1)
-        return predict_stretch(
-            self.chunk,
-            costs,
-            batch=beside.batch,
-            mean_context=beside.mean_context,
-            itl_slo_s=beside.itl_slo_s,
-        )
+        beside = measure_decoding(s for s in self._ready() if s.kv.num_missing == 1)
+        return predict_stretch(self.chunk, costs, beside)
 
     def count_promised_tokens(self) -> int:
         """KV room that prefills which have begun here still need, to their ends."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.step_costs import StepCost, StepCosts
 
 ChunkName = Literal["fixed", "slack"]
@@ -30,23 +31,18 @@ class ChunkParameters:
 
 
 def budget_prefill_tokens(
-    parameters: ChunkParameters,
-    costs: StepCosts | None,
-    *,
-    batch: int,
-    mean_context: float,
-    itl_slo_s: float,
-    num_history: int,
+    parameters: ChunkParameters, costs: StepCosts | None, beside: DecodingRounds, *, num_history: int
 ) -> int:
-    """Prefill tokens for the next step beside `batch` decodes, whose tightest ITL objective is `itl_slo_s`.
+    """Prefill tokens for the next step beside these decodes.
 
     `num_history` is the history of the prefill that runs first. Without costs (nothing measured yet) slack is fixed.
     """
-    if batch == 0:
+    if beside.batch == 0:
         return parameters.max_prefill_tokens
     if parameters.chunk == "fixed" or costs is None:
         return parameters.chunk_tokens
-    fitting = costs.largest_chunk(batch, mean_context, num_history, parameters.itl_share * itl_slo_s)
+    limit_s = parameters.itl_share * beside.itl_slo_s
+    fitting = costs.largest_chunk(beside.batch, beside.mean_context, num_history, limit_s)
     fitting -= fitting % QUANTUM
     return max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, fitting))
 
@@ -64,10 +60,8 @@ def fit_chunks(
     costs: StepCosts | None,
     prefills: Sequence[tuple[int, int]],
     budget_tokens: int,
+    beside: DecodingRounds,
     *,
-    batch: int,
-    mean_context: float,
-    itl_slo_s: float,
     time_left_s: Sequence[float],
 ) -> list[int]:
     """Tokens for each of `prefills` (history, missing), in order, within `budget_tokens`. time_left_s: until the first
@@ -80,14 +74,14 @@ def fit_chunks(
     chunks = split_budget([missing for _, missing in prefills], budget_tokens)
     if costs is None:
         return chunks
-    if parameters.chunk == "slack" and batch:
-        limit_s = parameters.itl_share * itl_slo_s
+    if parameters.chunk == "slack" and beside.batch:
+        limit_s = parameters.itl_share * beside.itl_slo_s
         if budget_tokens > parameters.min_chunk_tokens:  # saved up for, if it is beyond the limit (slack_saving.py)
             whole = (prefills[0][0], min(budget_tokens, sum(chunks)))
-            limit_s = max(limit_s, costs.step_s(batch, mean_context, (whole,)))
-        _fit_slack(costs, prefills, chunks, batch, mean_context, limit_s)
+            limit_s = max(limit_s, costs.step_s(beside.batch, beside.mean_context, (whole,)))
+        _fit_slack(costs, prefills, chunks, beside, limit_s)
     if parameters.keeps_on_time and len(chunks) > 1:
-        _keep_on_time(costs, prefills, chunks, batch, mean_context, time_left_s)
+        _keep_on_time(costs, prefills, chunks, beside, time_left_s)
     return chunks
 
 
@@ -95,13 +89,12 @@ def _fit_slack(
     costs: StepCosts,
     prefills: Sequence[tuple[int, int]],
     chunks: list[int],
-    batch: int,
-    mean_context: float,
+    beside: DecodingRounds,
     limit_s: float,
 ) -> None:
     while len(chunks) > 1:
         parts = [(history, chunk) for (history, _), chunk in zip(prefills, chunks, strict=False)]
-        if costs.step_s(batch, mean_context, parts) <= limit_s:
+        if costs.step_s(beside.batch, beside.mean_context, parts) <= limit_s:
             break
         if chunks[-1] > 2 * QUANTUM:
             chunks[-1] //= 2
@@ -113,15 +106,14 @@ def _keep_on_time(
     costs: StepCosts,
     prefills: Sequence[tuple[int, int]],
     chunks: list[int],
-    batch: int,
-    mean_context: float,
+    beside: DecodingRounds,
     time_left_s: Sequence[float],
 ) -> None:
     """Cut the step before the first prefill whose company would make one before it late: every prefill of a step has
     its first token at the step's end. One that is late in a step that ends with it stops nobody, nor does one that the
     step does not complete."""
     latest_s = float("inf")
-    step = StepCost(costs, batch, mean_context)
+    step = StepCost(costs, beside.batch, beside.mean_context)
     for place, chunk in enumerate(chunks):
         history, missing = prefills[place]
         ends_s = step.add(history, chunk)

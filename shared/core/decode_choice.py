@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from shared.core.batch_limit import Decoding, choose_batch, may_all_decode
 from shared.core.chunking import ChunkParameters
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.sequences import Sequence
 from shared.core.step_costs import StepCosts
 
 MAX_ITL_SLO_S = 3_600.0
 
 
-@dataclass(frozen=True, slots=True)
-class DecodingRounds:
-    """What a step's time, and the time that it may take, depend on of the rounds that decode in it."""
-
-    batch: int
-    mean_context: float
-    itl_slo_s: float  # the tightest
-
-    @classmethod
-    def of(cls, sequences: Iterable[Sequence]) -> DecodingRounds:
-        """The last token of a prefill for another worker is not one of them."""
-        rounds = [s for s in sequences if s.preemptible]
-        if not rounds:
-            return cls(0, 0.0, MAX_ITL_SLO_S)
-        mean_context = sum(s.kv.num_tokens for s in rounds) / len(rounds)
-        tightest_s = min(s.itl_slo_s for s in rounds)
-        return cls(len(rounds), mean_context, min(MAX_ITL_SLO_S, max(0.0, tightest_s)))
+def measure_decoding(sequences: Iterable[Sequence]) -> DecodingRounds:
+    """The last token of a prefill for another worker is not one of them."""
+    rounds = [s for s in sequences if s.preemptible]
+    if not rounds:
+        return DecodingRounds(0, 0.0, MAX_ITL_SLO_S)
+    mean_context = sum(s.kv.num_tokens for s in rounds) / len(rounds)
+    tightest_s = min(s.itl_slo_s for s in rounds)
+    return DecodingRounds(len(rounds), mean_context, min(MAX_ITL_SLO_S, max(0.0, tightest_s)))
 
 
 def choose_decodes(
@@ -40,7 +31,7 @@ def choose_decodes(
     if costs is None or not parameters.limits_batch or not rounds:
         return ready[:max_batch]
     decoding = [_as_decoding(sequence, now) for sequence in rounds]
-    everybody = DecodingRounds.of(rounds)
+    everybody = measure_decoding(rounds)
     if may_all_decode(costs, everybody.batch, everybody.mean_context, everybody.itl_slo_s):
         return ready[:max_batch]
     chosen = [rounds[index] for index in choose_batch(costs, decoding, everybody.mean_context, now)]

@@ -11,6 +11,7 @@ from operator import attrgetter
 
 from shared.core.chunk_prediction import predict_stretch
 from shared.core.chunking import ChunkParameters
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.step_costs import StepCosts
 from shared.core.types import SessionKey
 from shared.messages import Role, WindowStats
@@ -135,9 +136,8 @@ class WorkerLoad:
         costs = self.costs
         asked = (len(self.decoding), self.num_context_tokens, itl_slo_s, costs.scale, costs, chunk)
         if asked != self._stretch_asked:
-            self._stretch = predict_stretch(
-                chunk, costs, batch=len(self.decoding), mean_context=self.mean_context, itl_slo_s=itl_slo_s
-            )
+            beside = DecodingRounds(len(self.decoding), self.mean_context, itl_slo_s)
+            self._stretch = predict_stretch(chunk, costs, beside)
             self._stretch_asked = asked
         return self._stretch
 

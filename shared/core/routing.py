@@ -15,6 +15,7 @@ import msgspec
 
 from shared.core.chunk_prediction import predict_mixed_s
 from shared.core.chunking import ChunkParameters
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.load import WorkerLoad, transfer_s
 from shared.messages import Slo
 
@@ -188,15 +189,8 @@ def predict_mixed_prefill(
     """Seconds until `num_new` tokens are computed beside the worker's decodes."""
     if not load.decoding or num_new <= 0:
         return load.prefill_s(num_history, num_new)
-    mixed_s = predict_mixed_s(
-        parameters.chunk,
-        load.costs,
-        batch=len(load.decoding),
-        mean_context=load.mean_context,
-        itl_slo_s=itl_slo_s,
-        num_history=num_history,
-        num_new=num_new,
-    )
+    beside = DecodingRounds(len(load.decoding), load.mean_context, itl_slo_s)
+    mixed_s = predict_mixed_s(parameters.chunk, load.costs, beside, num_history=num_history, num_new=num_new)
     return load.prefill_correction * mixed_s
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.step_costs import MIN_ADDED_S, StepCosts
 
 WASTEFUL_SHARE = 0.65  # of the best rate: chunks at less are saved up for
@@ -32,22 +33,16 @@ class SavedChunk:
 
 
 def plan_saving(
-    parameters: ChunkParameters,
-    costs: StepCosts,
-    *,
-    batch: int,
-    mean_context: float,
-    itl_slo_s: float,
-    num_history: int,
-    num_new: int,
+    parameters: ChunkParameters, costs: StepCosts, beside: DecodingRounds, *, num_history: int, num_new: int
 ) -> SavedChunk | None:
-    """What steps beside `batch` decodes save up for, to compute `num_new` tokens; None where each has room for a chunk
+    """What steps beside these decodes save up for, to compute `num_new` tokens; None where each has room for a chunk
     that is worth it. A step spares what a chunk of min_chunk_tokens takes, at least: a prefill always goes on."""
-    if batch == 0 or parameters.chunk != "slack":
+    if beside.batch == 0 or parameters.chunk != "slack":
         return None
+    batch, mean_context = beside.batch, beside.mean_context
     least, most = parameters.min_chunk_tokens, parameters.max_prefill_tokens
     worth = costs.efficient_chunk(batch, WASTEFUL_SHARE, least, most)
-    limit_s = parameters.itl_share * itl_slo_s
+    limit_s = parameters.itl_share * beside.itl_slo_s
     if worth <= least or num_new <= least:
         return None
     decode_s = costs.decode_step_s(batch, mean_context)
@@ -70,11 +65,9 @@ class SlackSaver:
         self,
         parameters: ChunkParameters,
         costs: StepCosts | None,
+        beside: DecodingRounds,
         *,
         step: int,
-        batch: int,
-        mean_context: float,
-        itl_slo_s: float,
         num_history: int,
         num_waiting: int,
     ) -> tuple[int, int]:
@@ -85,26 +78,10 @@ class SlackSaver:
         """
         saving = None
         if costs is not None:
-            saving = plan_saving(
-                parameters,
-                costs,
-                batch=batch,
-                mean_context=mean_context,
-                itl_slo_s=itl_slo_s,
-                num_history=num_history,
-                num_new=num_waiting,
-            )
+            saving = plan_saving(parameters, costs, beside, num_history=num_history, num_new=num_waiting)
         if saving is None:
-            self._spend(step, 0.0 if batch else float("inf"))
-            budget = budget_prefill_tokens(
-                parameters,
-                costs,
-                batch=batch,
-                mean_context=mean_context,
-                itl_slo_s=itl_slo_s,
-                num_history=num_history,
-            )
-            return budget, 0
+            self._spend(step, 0.0 if beside.batch else float("inf"))
+            return budget_prefill_tokens(parameters, costs, beside, num_history=num_history), 0
         saved_s = self._saved_s + (step - self._step) * saving.spare_s
         if saved_s > saving.extra_s + saving.spare_s:  # more than the step that made it enough has added
             saved_s = saving.extra_s

@@ -25,6 +25,7 @@ from planner.simulator.simulation import Result, Simulation
 from planner.simulator.worker import SimWorker
 from shared.core.batch_limit import BATCH_SHARE
 from shared.core.chunking import ChunkParameters
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.policies import POLICIES, SchedulingPolicy, find_policy, switch_off, with_options
 from shared.core.profile import Profile
 from shared.core.reordering import WaitingPrefill
@@ -376,8 +377,13 @@ def test_the_pace_counts_prefills_that_are_not_staged_yet(monkeypatch: pytest.Mo
     most = 0
 
     def watch(
-        parameters: ChunkParameters, costs: StepCosts, waiting: Sequence[WaitingPrefill], *_: Any, **__: Any
-    ) -> Any:
+        parameters: ChunkParameters,
+        costs: StepCosts,
+        beside: DecodingRounds,
+        waiting: Sequence[WaitingPrefill],
+        now: float,
+        **_: Any,
+    ) -> ChunkParameters:
         nonlocal most
         most = max(most, len(waiting))
         return parameters

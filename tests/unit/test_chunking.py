@@ -17,6 +17,7 @@ from shared.core.chunking import (
     fit_chunks,
     split_budget,
 )
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.step_costs import StepCost, StepCosts
 from shared.profile_files import load_profile
 
@@ -25,14 +26,18 @@ FIXED = ChunkParameters(chunk="fixed", chunk_tokens=512)
 SLACK = ChunkParameters(chunk="slack")
 
 
+def beside(batch: int = 0, mean_context: float = 2_000.0, itl_slo_s: float = 0.05) -> DecodingRounds:
+    return DecodingRounds(batch, mean_context, itl_slo_s)
+
+
 def budget(parameters: ChunkParameters, costs: StepCosts | None = COSTS, **fields: Any) -> int:
-    defaults = {"batch": 8, "mean_context": 2_000.0, "itl_slo_s": 0.05, "num_history": 1_000}
-    return budget_prefill_tokens(parameters, costs, **{**defaults, **fields})
+    num_history = fields.pop("num_history", 1_000)
+    return budget_prefill_tokens(parameters, costs, beside(**{"batch": 8, **fields}), num_history=num_history)
 
 
 def fit(parameters: ChunkParameters, prefills: list[tuple[int, int]], budget_tokens: int, **fields: Any) -> list[int]:
-    defaults = {"batch": 0, "mean_context": 2_000.0, "itl_slo_s": 0.05, "time_left_s": [inf] * len(prefills)}
-    return fit_chunks(parameters, COSTS, prefills, budget_tokens, **{**defaults, **fields})
+    time_left_s = fields.pop("time_left_s", [inf] * len(prefills))
+    return fit_chunks(parameters, COSTS, prefills, budget_tokens, beside(**fields), time_left_s=time_left_s)
 
 
 def test_without_a_batch_a_step_takes_as_much_as_may_be() -> None:
@@ -161,7 +166,7 @@ def test_a_step_costs_the_same_chunk_by_chunk(chunks: list[tuple[int, int]], bat
 
 
 def stretch(parameters: ChunkParameters, batch: int, itl_slo_s: float = 0.05) -> float:
-    return predict_stretch(parameters, COSTS, batch=batch, mean_context=2_000.0, itl_slo_s=itl_slo_s)
+    return predict_stretch(parameters, COSTS, beside(batch, itl_slo_s=itl_slo_s))
 
 
 def test_a_queue_takes_its_work_where_nobody_decodes_and_longer_beside_a_batch() -> None:

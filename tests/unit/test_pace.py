@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.core.chunking import ChunkParameters, budget_prefill_tokens
+from shared.core.decoding_rounds import DecodingRounds
 from shared.core.pace import choose_pace
 from shared.core.policies import find_policy, switch_off
 from shared.core.reordering import WaitingPrefill
@@ -19,7 +21,7 @@ from shared.profile_files import load_profile
 COSTS = StepCosts.from_profile(load_profile("h100-qwen3-32b"), 2)
 EXPERTS = StepCosts.from_profile(load_profile("h100-mixtral-8x7b"), 8)
 FULL = find_policy("adaptive").routing.chunk
-ITL_SLO_S = 0.047
+BESIDE = DecodingRounds(batch=16, mean_context=2_000.0, itl_slo_s=0.047)
 NOW = 100.0
 
 
@@ -34,15 +36,12 @@ def choose(
     num_history: int = 0,
     num_waiting: int = 2_000,
 ) -> ChunkParameters:
-    return choose_pace(
-        FULL, costs, queue, NOW, batch=batch, mean_context=2_000.0, itl_slo_s=ITL_SLO_S,
-        num_history=num_history, num_waiting=num_waiting,
-    )  # fmt: skip
+    beside = replace(BESIDE, batch=batch)
+    return choose_pace(FULL, costs, beside, queue, NOW, num_history=num_history, num_waiting=num_waiting)
 
 
 def step_s(pace: ChunkParameters) -> float:
-    beside = {"batch": 16, "mean_context": 2_000.0, "itl_slo_s": ITL_SLO_S, "num_history": 0}
-    return COSTS.step_s(16, 2_000.0, ((0, budget_prefill_tokens(pace, COSTS, **beside)),))
+    return COSTS.step_s(16, 2_000.0, ((0, budget_prefill_tokens(pace, COSTS, BESIDE, num_history=0)),))
 
 
 def test_steps_grow_as_time_runs_out() -> None:
@@ -75,9 +74,9 @@ def test_what_is_saved_up_for_at_a_slow_pace_makes_no_step_longer_than_it_may_be
 ) -> None:
     itl_slo_s = 0.022
     queue = [waiting(left_s, num_tokens, costs=EXPERTS) for num_tokens in (first, others) if num_tokens]
-    beside = {"batch": batch, "mean_context": mean_context, "itl_slo_s": itl_slo_s, "num_history": 0}
-    pace = choose_pace(FULL, EXPERTS, queue, NOW, **beside, num_waiting=first + others)  # type: ignore[arg-type]
-    budget, _ = SlackSaver().choose_budget(pace, EXPERTS, step=1, **beside, num_waiting=first + others)  # type: ignore[arg-type]
+    beside = DecodingRounds(batch, mean_context, itl_slo_s)
+    pace = choose_pace(FULL, EXPERTS, beside, queue, NOW, num_history=0, num_waiting=first + others)
+    budget, _ = SlackSaver().choose_budget(pace, EXPERTS, beside, step=1, num_history=0, num_waiting=first + others)
     if pace is not FULL and budget > pace.min_chunk_tokens:
         assert EXPERTS.step_s(batch, mean_context, ((0, budget),)) <= FULL.itl_share * itl_slo_s + 1e-9
 
@@ -89,7 +88,7 @@ def test_nobody_to_spare_no_objective_no_costs_or_switched_off() -> None:
     assert choose(waiting(10.0), costs=None) is FULL
     assert choose() is FULL
     fixed = find_policy("colocated").routing.chunk
-    options = {"batch": 16, "mean_context": 2_000.0, "itl_slo_s": ITL_SLO_S, "num_history": 0, "num_waiting": 2_000}
-    assert choose_pace(fixed, COSTS, [waiting(10.0)], NOW, **options) is fixed
+    options = {"num_history": 0, "num_waiting": 2_000}
+    assert choose_pace(fixed, COSTS, BESIDE, [waiting(10.0)], NOW, **options) is fixed
     off = switch_off(find_policy("adaptive"), "calm_steps").routing.chunk
-    assert choose_pace(off, COSTS, [waiting(10.0)], NOW, **options) is off
+    assert choose_pace(off, COSTS, BESIDE, [waiting(10.0)], NOW, **options) is off
