@@ -18,11 +18,10 @@ import structlog
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel, Interrupt
 from shared.transport.endpoints import connect, preferred_endpoints
-from shared.transport.lanes import Lanes
+from shared.transport.lanes import Lanes, LaneUnusable
 from shared.transport.protocol import KvMemory
 from shared.transport.receiver import (
     Connection,
-    LaneUnusable,
     PullRequest,
     PullResult,
     as_transfer_error,

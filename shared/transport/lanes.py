@@ -25,6 +25,10 @@ from shared.transport.region import Region
 STREAM = "stream"
 
 
+class LaneUnusable(KvTransferError):
+    """The peer's pool cannot be read by this lane. Another way may do, for the next pull: this one's ticket is used."""
+
+
 class OneSidedMemory(KvMemory, Protocol):
     """A pool that can be read by address. `flat`: None where its bytes are not in Segment's order. `region`: None where
     it is not in one piece of host memory."""
@@ -40,8 +44,8 @@ class Reading(Protocol):
     """Bytes of the sender's pool on their way."""
 
     def finish(self, targets: Sequence[ByteRange], digest: Digest) -> None:
-        """Put them there in this worker's pool, and add a sample to the digest. Raises KvTransferError; then nothing of
-        this reading touches the pool any more."""
+        """Put them there in this worker's pool, and add a sample to the digest. Raises KvTransferError, LaneUnusable if
+        nothing could ever be read of the peer's; then nothing of this reading touches the pool any more."""
         ...
 
     def abandon(self) -> None:

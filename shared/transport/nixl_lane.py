@@ -28,7 +28,7 @@ from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel
 from shared.transport.copier import Copier
 from shared.transport.flat_memory import Kind, add_sample, pair_ranges
-from shared.transport.lanes import OneSidedMemory, count_frame_bytes
+from shared.transport.lanes import LaneUnusable, OneSidedMemory, count_frame_bytes
 from shared.transport.nixl_agent import Blocks, NixlAgent, NixlError, Place, Read, read_ucx_lanes
 from shared.transport.protocol import Digest
 from shared.transport.ranges import ByteRange
@@ -251,6 +251,7 @@ class NixlPool:
         self.num_bytes = body.num_bytes
         self.max_frame_bytes = lane.slot_bytes
         self.description = "nixl"
+        self.has_been_read = False
         self._blocks: Blocks | None = blocks
         self._forget = weakref.finalize(self, _forget_peer, lane.agent, agent_name, blocks)
 
@@ -269,7 +270,8 @@ class NixlPool:
 
     def note_lanes(self) -> None:
         """After the first read: UCX has chosen by then."""
-        if self.description == "nixl":
+        if not self.has_been_read:
+            self.has_been_read = True
             self.description = f"nixl {read_ucx_lanes()}"
             log.info("nixl_lanes", peer=self.agent_name, lanes=self.description)
 
@@ -332,7 +334,8 @@ class NixlReading:
             while not self._ended.wait(WAKE_S):
                 self._check()
             if self._failure:
-                raise KvTransferError(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
+                kind = KvTransferError if self._pool.has_been_read else LaneUnusable
+                raise kind(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
             lane, start = self._lane, self._slot * self._lane.slot_bytes
             source = [ByteRange(start, start + sum(one.stop - one.start for one in targets))]
             lane.copier.copy(lane.flat, lane.slots, pair_ranges(targets, source))

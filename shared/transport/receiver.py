@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shared.core.types import RoundKey, Segment
 from shared.errors import AmpdError, ErrorCode, KvTransferError
 from shared.transport.channel import Channel, ConnectionLost, Interrupt
-from shared.transport.lanes import Lane, Lanes, Reading, RemotePool
+from shared.transport.lanes import Lane, Lanes, LaneUnusable, Reading, RemotePool
 from shared.transport.protocol import (
     KEEPALIVE_S,
     PROTOCOL_VERSION,
@@ -91,11 +91,6 @@ class Connection:
     def description(self) -> str:
         """Of the way that bytes take."""
         return self.channel.description if self.pool is None else self.pool.description
-
-
-class LaneUnusable(KvTransferError):
-    """The peer's pool cannot be read by the connection's lane. Another way may do, for the next pull: this one's ticket
-    is used."""
 
 
 def greet(

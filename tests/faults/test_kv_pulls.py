@@ -23,6 +23,7 @@ from shared.core.types import Segment
 from shared.errors import ErrorCode, KvTransferError
 from shared.transport.leases import LeaseEnd
 from shared.transport.nixl_agent import NixlAgent, NixlError
+from shared.transport.nixl_lane import NixlLane
 from shared.transport.protocol import FrameKind
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -255,7 +256,7 @@ async def test_a_unix_socket_of_another_worker_is_passed_over(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("family", "stream", "what"),
-    [("shm", "unix", "mapping"), ("shm", "unix", "descriptor"), ("nixl", "tcp", "peer")],
+    [("shm", "unix", "mapping"), ("shm", "unix", "descriptor"), ("nixl", "tcp", "peer"), ("nixl", "tcp", "read")],
     indirect=["family"],
 )
 @pytest.mark.parametrize("streams", [True, False], ids=["auto", "nothing-else"])
@@ -273,7 +274,7 @@ async def test_a_pool_that_cannot_be_read_here_is_pulled_from_another_way(
             os.close(descriptor)
         return data, [], flags, address
 
-    def no_peer(*_: object) -> str:
+    def no_peer(*_: object) -> Any:
         raise NixlError("no such transport")
 
     receive = socket.recv_fds
@@ -281,6 +282,7 @@ async def test_a_pool_that_cannot_be_read_here_is_pulled_from_another_way(
         "mapping": (mmap, "mmap", no_mapping),
         "descriptor": (socket, "recv_fds", no_descriptor),
         "peer": (NixlAgent, "add_peer", no_peer),
+        "read": (NixlLane, "begin", no_peer),
     }
 
     async with KvPair(family, tmp_path, streams=streams) as pair:
@@ -294,6 +296,23 @@ async def test_a_pool_that_cannot_be_read_here_is_pulled_from_another_way(
         result = await pair.client.start_pull(request).wait()
         assert result.lane.split()[0] == (stream if streams else family)
         pair.assert_moved(lease, request)
+
+
+@pytest.mark.parametrize("family", ["nixl"], indirect=True)
+async def test_one_read_that_fails_where_others_have_not_changes_no_way(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise NixlError("a link went down")
+
+    async with KvPair(family, tmp_path, streams=True) as pair:
+        await pair.pull(pair.request(pair.grant(0, 8)))
+        with monkeypatch.context() as patch:
+            patch.setattr(NixlLane, "begin", fail)
+            failure = await pair.pull_failure(pair.request(pair.grant(0, 8)))
+            assert failure.message == "nixl: a link went down"
+        result = await pair.client.start_pull(pair.request(pair.grant(0, 8))).wait()
+        assert result.lane.startswith(family)
 
 
 async def test_idle_connections_are_closed(family: str, tmp_path: Path) -> None:
