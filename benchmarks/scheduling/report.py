@@ -185,14 +185,13 @@ def _cluster_table(contents: Sequence[Content]) -> str:
                     _number(found["goodput_sessions_per_s"]),
                     _number(at.get("ttft_p99_s")),
                     _number(at.get("ttft_max_s")),
-                    _percent(at.get("session_attainment")),
                     _percent(at.get("local_share")),
                     _number(at.get("kv_gb_per_round")),
                     str(at.get("num_rejected", "-")),
                 ]
             )
-    head = ["cell", "policy", "cluster", "options", "goodput", "TTFT p99, s", "TTFT max, s", "sessions", "local",
-            "KV GB/round", "rejected"]  # fmt: skip
+    head = ["cell", "policy", "cluster", "options", "goodput", "TTFT p99, s", "TTFT max, s", "local", "KV GB/round",
+            "rejected"]  # fmt: skip
     return "## What each policy runs on, and what it does at its goodput\n\n" + _table(head, rows)
 
 
@@ -215,12 +214,14 @@ def _grid_tables(contents: Sequence[Content]) -> list[str]:
                         _number(point["ttft_p90_s"][0]),
                         _number(point["ttft_p99_s"][0]),
                         _number(point["ttft_max_s"][0]),
+                        _number(1e3 * point["tpot_p50_s"][0]),
+                        _number(1e3 * point["tpot_p99_s"][0]),
                         _percent(point["local_share"][0]),
                         _number(point["kv_gb_per_round"][0]),
                     ]
                 )
-        head = ["policy", "sessions/s", "attainment", "by P99 ITL", "sessions", "TTFT p90, s", "p99", "max", "local",
-                "KV GB/round"]  # fmt: skip
+        head = ["policy", "sessions/s", "attainment", "by P99 ITL", "sessions", "TTFT p90, s", "p99", "max",
+                "TPOT p50, ms", "p99", "local", "KV GB/round"]  # fmt: skip
         tables.append(f"## {_cell(content)}: attainment against rate\n\n" + _table(head, rows))
     return tables
 
