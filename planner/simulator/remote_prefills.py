@@ -69,7 +69,7 @@ class RemotePrefills:
             if self._memory.make_room(self._queue.count_reserved(self._worker.batch.size) + needed, now):
                 order.note_begun(prefill.waiting, missing)
                 order.note_started(waiting, index)
-                order.note_turn(prefill.waiting)
+                order.note_turn(prefill.waiting, prefill.waiting.work_s)
                 return index
             if not order.may_be_passed(prefill.waiting, missing):
                 break

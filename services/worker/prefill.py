@@ -215,7 +215,7 @@ class PrefillRole:
         job.kv = kv
         self._order.note_begun(job.waiting, num_lacking)
         self._order.note_started(queue, index)
-        self._order.note_turn(job.waiting)
+        self._order.note_turn(job.waiting, job.waiting.work_s)
         del self._queue[index]
         self._staged.add(job)
         return job

@@ -20,6 +20,7 @@ from typing import Literal
 from shared.core.types import RoundKey
 
 OrderName = Literal["fcfs", "program_fcfs", "window", "moore_hodgson"]
+ROUNDING = 1e-9  # of costs that are added up and taken off again
 MAX_WINDOW = 8  # 8! = 40,320 orders: more would stall the worker that asks
 
 
@@ -41,8 +42,9 @@ class WaitingPrefill:
 @dataclass(frozen=True, slots=True)
 class OrderParameters:
     """`window` and `max_postponements` as in the paper. moore_hodgson: who has waited longer than `ageing` times its
-    TTFT objective has aged. The oldest of these gets one of `aged_every` turns, and of the KV room that others take one
-    part in `aged_room` is put aside for it: enough that none starves, too little to make the others late."""
+    TTFT objective has aged. The oldest of these gets one part in `aged_every` of the turns, and of the KV room that
+    others take one part in `aged_room` is put aside for it: enough that none starves, too little to make the others
+    late."""
 
     order: OrderName = "window"
     window: int = 3
@@ -168,18 +170,19 @@ class AgedRoom:
 class PrefillOrder:
     """The order of one worker's queue over time: counts who was passed over, and gives the aged their share.
 
-    A turn is one step of the worker (or one task, where tasks run whole). Of any `aged_every` successive turns one goes
-    to the oldest task that has aged: one that has aged starts after at most aged_every times (the turns that the older
-    ones in the queue need, and one). Where it lacks KV room it holds nobody up, but with every task that begins some
-    room is put aside for it: when the others have taken `aged_room` times what it needs, that much is free. Queues that
-    take from one pool share `room`.
+    A turn is one step of the worker, or one task where tasks run whole, and then it costs the task's work: that of
+    a long prompt takes as long as those of fifty short ones. After a turn of the oldest task that has aged the
+    others get aged_every - 1 times what it cost before its next. So one that has aged starts after at most
+    aged_every times (the turns that the older ones in the queue need, and one). Where it lacks KV room it holds
+    nobody up, but with every task that begins some room is put aside for it: when the others have taken `aged_room`
+    times what it needs, that much is free. Queues that take from one pool share `room`.
     """
 
     def __init__(self, parameters: OrderParameters, room: AgedRoom | None = None) -> None:
         self.parameters = parameters
         self._room = room if room is not None else AgedRoom()
         self._room.orders.append(self)
-        self._num_turns = 0  # since the oldest aged task had one
+        self._owed = 0.0  # turns to the others, before the oldest aged task has its next
         self._oldest_aged: WaitingPrefill | None = None
         self._num_lacking = 0  # KV tokens that it last found missing, ...
         self._num_aside = 0.0  # ... and of them put aside
@@ -196,7 +199,7 @@ class PrefillOrder:
         if oldest is not self._oldest_aged:
             self._oldest_aged = oldest
             self._forget_room()
-        aged_turn = self._num_turns >= self.parameters.aged_every - 1
+        aged_turn = self._owed <= ROUNDING
         return order_prefills(queue, now, self.parameters, aged_turn=aged_turn, stretch=stretch)
 
     def is_oldest_aged(self, task: WaitingPrefill) -> bool:
@@ -237,9 +240,12 @@ class PrefillOrder:
         for task in queue[:index]:
             task.num_postponements += 1
 
-    def note_turn(self, first: WaitingPrefill) -> None:
-        """A turn goes to `first`."""
-        self._num_turns = 0 if first is self._oldest_aged else self._num_turns + 1
+    def note_turn(self, first: WaitingPrefill, cost: float = 1.0) -> None:
+        """A turn goes to `first`. cost: 1 of a step, work_s of a task that runs whole."""
+        if first is self._oldest_aged:
+            self._owed = (self.parameters.aged_every - 1) * cost
+        else:
+            self._owed = max(0.0, self._owed - cost)
 
     def _forget_room(self) -> None:
         self._num_lacking, self._num_aside = 0, 0.0

@@ -167,6 +167,57 @@ def test_moore_hodgson_with_ageing_starves_nobody(
         arrive()
 
 
+@given(
+    st.integers(1, 6),
+    st.integers(1, 20),
+    st.lists(st.tuples(st.floats(0.1, 60), st.floats(0.01, 3)), min_size=80, max_size=120),
+)
+def test_where_tasks_run_whole_the_aged_wait_for_a_part_of_the_work(
+    start: int, aged_every: int, arrivals: list[tuple[float, float]]
+) -> None:
+    """A task starts at most aged_every times (the work of those before it and of one more) after it has aged, and one
+    task a turn: of two where one turn ends within a task."""
+    order = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=1.0, aged_every=aged_every))
+    now, most_s = 0.0, 3.0
+    fresh = iter([task(d, work_s, number=i) for i, (d, work_s) in enumerate(arrivals)])
+    queue: list[WaitingPrefill] = []
+    allowed_s: dict[int, float] = {}
+    for number in range(len(arrivals)):
+        for new in [next(fresh, None) for _ in range(start if number == 0 else 1)]:
+            if new is not None:
+                new.arrival, new.ttft_deadline = now, now + new.ttft_deadline
+                queue.append(new)
+        for place, one in enumerate(queue):
+            if has_aged(one, now, 1.0):
+                before_s = sum(older.work_s for older in queue[:place]) + most_s
+                allowed_s.setdefault(id(one), aged_every * before_s + (place + 2) * most_s)
+        first = queue[order.order(queue, now)[0]]
+        order.note_turn(first, first.work_s)
+        queue.remove(first)
+        now += first.work_s
+        for one in queue:
+            if id(one) in allowed_s:
+                allowed_s[id(one)] -= first.work_s
+                assert allowed_s[id(one)] > 0.0, "it has aged and is still passed over"
+
+
+def test_a_long_task_that_has_aged_is_paid_for_before_the_next() -> None:
+    """Aged tasks of 1 s, fresh ones of 0.1 s without end: one part in five of the time, not every fifth turn."""
+    order = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=1.0, aged_every=5))
+    aged = [task(-90.0, 1.0, arrival=-100.0, number=number) for number in range(4)]
+    now, turns = 0.0, []
+    while aged:
+        queue = [*aged, task(now + 1.05, 0.1, arrival=now, number=100 + len(turns))]
+        first = queue[order.order(queue, now)[0]]
+        order.note_turn(first, first.work_s)
+        turns.append(first in aged)
+        if first in aged:
+            aged.remove(first)
+        now += first.work_s
+    places = [place for place, is_aged in enumerate(turns) if is_aged]
+    assert places == [0, 41, 82, 123]
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="window"):
         OrderParameters(window=9)
