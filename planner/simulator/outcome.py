@@ -44,7 +44,8 @@ def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float =
     A session goes on only when a round has ended, so a scheduler that lets a round wait for ever is offered fewer. The
     rounds that such a session owes count as offered, and missed: those that would have been sent before `until_s` had
     its round in flight, and those after it, just met their objectives; and all that follow a failed round. A session
-    whose round in flight may still be on time is judged by those before it.
+    whose round in flight may still be on time is judged by those before it; that round counts as offered from when
+    its last token would have been due.
     """
     measured = [r for r in result.rounds if warm_s <= r.sent_at < until_s]
     waiting = [r for r in result.unfinished if r.sent_at < until_s]
@@ -59,7 +60,7 @@ def summarise(result: Result, slo: Slo, *, warm_s: float = 0.0, until_s: float =
     p99 = sum(r.ttft_s <= slo.ttft_s and r.percentile_gap_s(0.99) <= slo.itl_s for r in completed)
     sessions: dict[int, bool] = {}
     ids = {id(r) for r in attained}
-    for r in (*measured, *(r for r in waiting if _is_late(r, slo, until_s))):
+    for r in (*measured, *(r for r in waiting if _is_late(r, slo, result.end_s))):
         if r.session.arrival >= warm_s:
             sessions[r.session.index] = sessions.get(r.session.index, True) and id(r) in ids
     num_prefills = sum(r.decision is not None for r in measured)
@@ -102,11 +103,11 @@ def _count_owed(round_: SimRound, slo: Slo, warm_s: float, until_s: float) -> in
     return num_owed
 
 
-def _is_late(round_: SimRound, slo: Slo, until_s: float) -> bool:
+def _is_late(round_: SimRound, slo: Slo, now: float) -> bool:
     """Of a round in flight: whatever comes now, it has missed its objectives."""
-    first_due_at = round_.sent_at + slo.ttft_s
-    first_at = round_.first_token_at if round_.first_token_at >= 0.0 else until_s
-    return first_at > first_due_at or until_s > first_due_at + (round_.planned.output_tokens - 1) * slo.itl_s
+    first_at = round_.first_token_at if round_.first_token_at >= 0.0 else now
+    last_due_at = first_at + (round_.planned.output_tokens - 1) * slo.itl_s
+    return first_at > round_.sent_at + slo.ttft_s or now > last_due_at
 
 
 def attains(round_: SimRound, slo: Slo) -> bool:

@@ -49,7 +49,9 @@ class RemotePrefills:
             index = self._choose_next(now)
             if index is None:
                 if not queue.admitted and worker.batch.size == 0 and not queue.waiting:
-                    worker.refuse(self.unstaged.pop(0), now)
+                    refused = self.unstaged.pop(0)
+                    self._order.forget(refused.waiting)
+                    worker.refuse(refused, now)
                     continue
                 if worker.segments.running is None:
                     worker.wait_for_room(now)

@@ -304,6 +304,7 @@ class PrefillRole:
     def _give_up_queued(self, job: PrefillJob, error: AmpdError) -> None:
         self._queue.remove(job)
         del self._jobs[job.key]
+        self._order.forget(job.waiting)
         self._report(job, error)
 
     async def close(self) -> None:

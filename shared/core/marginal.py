@@ -2,9 +2,10 @@
 
 Counted are this round and those it would disturb. On a queue that serves on-time rounds first (Moore-Hodgson), one
 more prefill changes the number of on-time rounds by 1 or 0: it gains one if it fits before its deadline without
-pushing a later one past its own. Where others decode, chunks are sized to the batch's ITL slack and cost it nothing
-that it has no time for; what they cost a batch with hardly any, as slower tokens keep more sequences in it, is
-a price that can be set (crowd_price). Predictions are uncertain: a margin counts by the probability that it holds.
+pushing a later one past its own. Where others decode, chunks are sized to the batch's ITL slack and make nobody late;
+what the batch waits for them tells options apart that are nearly alike (delay_price), and what they cost a batch with
+hardly any slack, as slower tokens keep more sequences in it, is a price that can be set (crowd_price). Predictions are
+uncertain: a margin counts by the probability that it holds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CROWD_SPREAD = 0.05  # of the ITL objective: how sharply a batch turns crowded
 NO_ROOM = 0.3  # a round that does not fit beside those in flight is probably late
 MOVE_BELOW = 0.8  # rounds on time: a session moves only when it would probably be late where it is
 ON_TIME_IS_ALIKE = 0.02  # rounds: options this close are told apart by what they cost
-MAX_DELAY_COST = 0.05  # rounds: what a batch loses tells options apart, it does not make a round late
+MAX_DELAY_COST = 0.05  # rounds: what a batch waits tells options apart that are nearly alike
 
 
 def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
@@ -127,8 +128,8 @@ def _judge(
 
 
 def _score(option: OptionEstimate, load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:
-    """Rounds on time, less a little for what it takes: time until the first token, and that the batch beside it loses,
-    each of its rounds; the worker's time at a price that grows with its backlog, so that what is late anyway goes where
+    """Rounds on time, less a little for what it takes: the time until the first token; the time that each round of the
+    batch beside it waits; the worker's time at a price that grows with its backlog, so that what is late anyway goes where
     nobody waits; the detour over a worker that is there to decode for others."""
     ttft_s = view.slo.ttft_s
     cost = ON_TIME_IS_ALIKE * option.total_s / ttft_s

@@ -170,12 +170,13 @@ class AgedRoom:
 class PrefillOrder:
     """The order of one worker's queue over time: counts who was passed over, and gives the aged their share.
 
-    A turn is one step of the worker, or one task where tasks run whole, and then it costs the task's work: that of
-    a long prompt takes as long as those of fifty short ones. After a turn of the oldest task that has aged the
-    others get aged_every - 1 times what it cost before its next. So one that has aged starts after at most
-    aged_every times (the turns that the older ones in the queue need, and one). Where it lacks KV room it holds
-    nobody up, but with every task that begins some room is put aside for it: when the others have taken `aged_room`
-    times what it needs, that much is free. Queues that take from one pool share `room`.
+    A turn is one step of the worker, or one task where they are taken whole, and then it costs the task's work:
+    that of a long prompt takes as long as those of fifty short ones. After a turn of the oldest task that has aged
+    the others get aged_every - 1 times what it cost before its next. So one that has aged starts after at most
+    aged_every times the turns that the older ones in the queue need, and the aged one that ran last; and one more
+    turn for each of them, since a turn ends with its task. Where it lacks KV room it holds nobody up, but with
+    every task that begins some room is put aside for it: when the others have taken `aged_room` times what it
+    needs, that much is free. Queues that take from one pool share `room`.
     """
 
     def __init__(self, parameters: OrderParameters, room: AgedRoom | None = None) -> None:
@@ -241,9 +242,11 @@ class PrefillOrder:
             task.num_postponements += 1
 
     def note_turn(self, first: WaitingPrefill, cost: float = 1.0) -> None:
-        """A turn goes to `first`. cost: 1 of a step, work_s of a task that runs whole."""
+        """A turn goes to `first`. cost: 1 of a step, work_s of a task that runs whole; where that is 0 (nothing
+        measured yet) a turn counts as one."""
+        cost = cost or 1.0
         if first is self._oldest_aged:
-            self._owed = (self.parameters.aged_every - 1) * cost
+            self._owed = max(self._owed, (self.parameters.aged_every - 1) * cost)
         else:
             self._owed = max(0.0, self._owed - cost)
 

@@ -40,6 +40,7 @@ POLL_S = 50e-6
 WAKE_S = 0.02  # how often who waits for a read looks whether it has to stop
 LINGER_S = 1.0  # of progress after a pull that failed
 MAX_CLOSE_S = 2.0
+MAX_PEERS_READ = 256  # that are remembered
 
 
 class _PoolBody(msgspec.Struct, frozen=True):
@@ -81,6 +82,7 @@ class NixlLane:
         self._to_begin: deque[NixlReading] = deque()
         self._begun: list[NixlReading] = []
         self._pools: weakref.WeakValueDictionary[bytes, NixlPool] = weakref.WeakValueDictionary()
+        self._peers_read: dict[bytes, None] = {}  # agents of which a read has succeeded; oldest first
         self._num_serving = 0
         self._linger_until = 0.0
         self._closed = False
@@ -166,6 +168,17 @@ class NixlLane:
                 self._changed.wait(WAKE_S)
             check()
 
+    def note_read(self, agent: bytes) -> None:
+        with self._changed:
+            self._peers_read[agent] = None
+            while len(self._peers_read) > MAX_PEERS_READ:
+                del self._peers_read[next(iter(self._peers_read))]
+
+    def has_read(self, agent: bytes) -> bool:
+        """Whether a read of that peer's pool has ever succeeded."""
+        with self._changed:
+            return agent in self._peers_read
+
     def give_back(self, slot: int) -> None:
         with self._changed:
             self._free.append(slot)
@@ -190,18 +203,23 @@ class NixlLane:
                 self._changed.wait_for(lambda: self._closed or self._is_serving() or self._to_begin or self._begun)
                 if self._closed and not self._begun:
                     return
-                beginning = list(self._to_begin)
-                self._to_begin.clear()
-            for reading in beginning:
-                if reading.start():
-                    self._begun.append(reading)
-            ended = [reading for reading in self._begun if reading.has_ended()]
-            self._begun = [reading for reading in self._begun if reading not in ended]
-            if not self._begun and self._is_serving():
-                with contextlib.suppress(NixlError):  # a peer that is gone: its connection here says so too
-                    self.agent.progress()
-            if not ended:
+            if not self._advance():
                 time.sleep(POLL_S)
+
+    def _advance(self) -> bool:
+        """Begin what is to be begun, look at what runs; whether any has ended."""
+        with self._changed:
+            beginning = list(self._to_begin)
+            self._to_begin.clear()
+        for reading in beginning:
+            if reading.start():
+                self._begun.append(reading)
+        ended = [reading for reading in self._begun if reading.has_ended()]
+        self._begun = [reading for reading in self._begun if reading not in ended]
+        if not self._begun and self._is_serving():
+            with contextlib.suppress(NixlError):  # a peer that is gone: its connection here says so too
+                self.agent.progress()
+        return bool(ended)
 
     def _is_serving(self) -> bool:
         return self._num_serving > 0 or time.monotonic() < self._linger_until
@@ -250,8 +268,8 @@ class NixlPool:
         self.place = Place(body.kind, body.device_index)
         self.num_bytes = body.num_bytes
         self.max_frame_bytes = lane.slot_bytes
+        self.agent = body.agent
         self.description = "nixl"
-        self.has_been_read = False
         self._blocks: Blocks | None = blocks
         self._forget = weakref.finalize(self, _forget_peer, lane.agent, agent_name, blocks)
 
@@ -268,10 +286,10 @@ class NixlPool:
     def begin(self, ranges: Sequence[ByteRange], check: Callable[[], None], *, wait: bool) -> NixlReading | None:
         return self._lane.submit(self, ranges, check, wait=wait)
 
-    def note_lanes(self) -> None:
-        """After the first read: UCX has chosen by then."""
-        if not self.has_been_read:
-            self.has_been_read = True
+    def note_read(self) -> None:
+        """One has succeeded. After the first UCX has chosen its lanes."""
+        self._lane.note_read(self.agent)
+        if self.description == "nixl":
             self.description = f"nixl {read_ucx_lanes()}"
             log.info("nixl_lanes", peer=self.agent_name, lanes=self.description)
 
@@ -334,7 +352,7 @@ class NixlReading:
             while not self._ended.wait(WAKE_S):
                 self._check()
             if self._failure:
-                kind = KvTransferError if self._pool.has_been_read else LaneUnusable
+                kind = KvTransferError if self._lane.has_read(self._pool.agent) else LaneUnusable
                 raise kind(ErrorCode.KV_TRANSFER_FAILED, f"nixl: {self._failure}")
             lane, start = self._lane, self._slot * self._lane.slot_bytes
             source = [ByteRange(start, start + sum(one.stop - one.start for one in targets))]
@@ -342,7 +360,7 @@ class NixlReading:
             add_sample(digest, lane.flat, targets)
         finally:
             self.abandon()
-        self._pool.note_lanes()
+        self._pool.note_read()
 
     def abandon(self) -> None:
         """The slot is free again once nothing writes into it."""

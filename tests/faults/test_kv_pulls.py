@@ -307,6 +307,10 @@ async def test_one_read_that_fails_where_others_have_not_changes_no_way(
 
     async with KvPair(family, tmp_path, streams=True) as pair:
         await pair.pull(pair.request(pair.grant(0, 8)))
+        pair.client._idle_timeout_s = 0.01  # nothing of the peer's is kept meanwhile
+        (server_side,) = pair.server._connections
+        await asyncio.to_thread(server_side.join, 30)
+        pair.lanes[1].find("nixl")._pools.clear()  # type: ignore[union-attr]
         with monkeypatch.context() as patch:
             patch.setattr(NixlLane, "begin", fail)
             failure = await pair.pull_failure(pair.request(pair.grant(0, 8)))

@@ -66,11 +66,11 @@ def make_round(session: SimSession, index: int, sent_at: float, *, ttft_s: float
     return round_
 
 
-def make_result(rounds: list[SimRound], unfinished: list[SimRound]) -> Result:
+def make_result(rounds: list[SimRound], unfinished: list[SimRound], *, end_s: float = 100.0) -> Result:
     return Result(
         rounds=rounds,
         num_offered=0,
-        end_s=100.0,
+        end_s=end_s,
         was_stopped=False,
         kv_bytes_moved=0,
         num_evicted_tokens=0,
@@ -95,7 +95,7 @@ def test_a_round_that_may_still_be_on_time_is_not_owed() -> None:
     session = make_session(3)
     finished = make_round(session, 0, 0.0, ttft_s=0.5)
     young = make_round(session, 1, 15.5, ttft_s=None)
-    outcome = summarise(make_result([finished], [young]), SLO, until_s=16.0)
+    outcome = summarise(make_result([finished], [young], end_s=16.0), SLO, until_s=16.0)
     assert outcome.num_rounds == 1
     assert outcome.attainment == 1.0
     assert outcome.session_attainment == 1.0
@@ -103,8 +103,8 @@ def test_a_round_that_may_still_be_on_time_is_not_owed() -> None:
 
 @pytest.mark.parametrize(
     ("sent_at", "ttft_s", "attained"),
-    [(15.5, None, 1.0), (14.5, 0.8, 1.0), (14.5, 1.2, 0.0), (14.5, None, 0.0), (13.5, 0.8, 0.0)],
-    ids=["may be on time", "decodes on time", "first token late", "first token overdue", "last token overdue"],
+    [(16.5, None, 1.0), (15.5, 0.8, 1.0), (15.5, 1.2, 0.0), (15.5, None, 0.0), (15.5, 0.2, 0.0)],
+    ids=["may be on time", "decodes on time", "first token late", "first token overdue", "decodes too slowly"],
 )
 def test_a_round_in_flight_counts_against_its_session_once_it_is_late(
     sent_at: float, ttft_s: float | None, attained: float
@@ -113,7 +113,8 @@ def test_a_round_in_flight_counts_against_its_session_once_it_is_late(
     finished = make_round(session, 0, 0.0, ttft_s=0.5)
     in_flight = make_round(session, 1, sent_at, ttft_s=ttft_s)
     in_flight.finished_at = -1.0
-    assert summarise(make_result([finished], [in_flight]), SLO, until_s=16.0).session_attainment == attained
+    result = make_result([finished], [in_flight], end_s=17.0)
+    assert summarise(result, SLO, until_s=17.0 - SLO.ttft_s + 1.0).session_attainment == attained
 
 
 def test_everything_after_a_failed_round_counts_against_attainment() -> None:

@@ -201,21 +201,42 @@ def test_where_tasks_run_whole_the_aged_wait_for_a_part_of_the_work(
                 assert allowed_s[id(one)] > 0.0, "it has aged and is still passed over"
 
 
-def test_a_long_task_that_has_aged_is_paid_for_before_the_next() -> None:
-    """Aged tasks of 1 s, fresh ones of 0.1 s without end: one part in five of the time, not every fifth turn."""
+def find_aged_turns(aged_work_s: list[float], fresh_work_s: float) -> list[int]:
+    """Which turns go to aged tasks beside fresh ones without end, of which each could be on time."""
     order = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=1.0, aged_every=5))
-    aged = [task(-90.0, 1.0, arrival=-100.0, number=number) for number in range(4)]
+    aged = [task(-90.0, work_s, arrival=-100.0, number=number) for number, work_s in enumerate(aged_work_s)]
     now, turns = 0.0, []
     while aged:
-        queue = [*aged, task(now + 1.05, 0.1, arrival=now, number=100 + len(turns))]
+        queue = [*aged, task(now + 1.05, fresh_work_s, arrival=now, number=100 + len(turns))]
         first = queue[order.order(queue, now)[0]]
         order.note_turn(first, first.work_s)
         turns.append(first in aged)
         if first in aged:
             aged.remove(first)
-        now += first.work_s
-    places = [place for place, is_aged in enumerate(turns) if is_aged]
-    assert places == [0, 41, 82, 123]
+        now += first.work_s or 0.1
+    return [place for place, is_aged in enumerate(turns) if is_aged]
+
+
+def test_a_long_task_that_has_aged_is_paid_for_before_the_next() -> None:
+    """One part in five of the time, not every fifth turn."""
+    assert find_aged_turns([1.0] * 4, 0.1) == [0, 41, 82, 123]
+
+
+def test_turns_count_as_one_while_nothing_is_measured() -> None:
+    assert find_aged_turns([0.0] * 4, 0.0) == [0, 5, 10, 15]
+
+
+def test_what_an_aged_task_owes_is_not_forgotten_with_a_shorter_one() -> None:
+    """The second runs while nobody else waits."""
+    order = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=1.0, aged_every=5))
+    aged = [task(-90.0, work_s, arrival=-100.0, number=number) for number, work_s in enumerate((1.0, 0.01, 1.0))]
+    for alone in aged[:2]:
+        assert order.order([alone], 0.0) == [0]
+        order.note_turn(alone, alone.work_s)
+    for number in range(2):
+        queue = [aged[2], task(1.05, 0.1, number=9 + number)]
+        assert order.order(queue, 0.0) == [1, 0]
+        order.note_turn(queue[1], 0.1)
 
 
 def test_nonsense_is_refused() -> None:
