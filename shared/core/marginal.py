@@ -129,8 +129,8 @@ def _judge(
 
 def _score(option: OptionEstimate, load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:
     """Rounds on time, less a little for what it takes: the time until the first token; the time that each round of the
-    batch beside it waits; the worker's time at a price that grows with its backlog, so that what is late anyway goes where
-    nobody waits; the detour over a worker that is there to decode for others."""
+    batch beside it waits; the worker's time at a price that grows with its backlog, so that what is late anyway goes
+    where nobody waits; the detour over a worker that is there to decode for others."""
     ttft_s = view.slo.ttft_s
     cost = ON_TIME_IS_ALIKE * option.total_s / ttft_s
     cost += min(MAX_DELAY_COST, parameters.delay_price * len(load.decoding) * option.work_s / ttft_s)
