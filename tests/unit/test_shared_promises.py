@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,13 +207,7 @@ def test_an_aged_prefill_waits_for_the_turns_of_the_older_ones_and_one() -> None
     assert num_turns <= 20 * (num_needed + 1)
 
 
-@pytest.mark.parametrize("num_kept", [1_000, 20_000])
-async def test_a_resident_longer_than_the_prompt_puts_nothing_aside(num_kept: int) -> None:
-    """A long prompt was cancelled, its KV is kept; the session's next prompt is short. With 20,000 tokens `_take_next`
-    raises, and the worker ends."""
-    scheduler = Scheduler(BlockAllocator(2_001, 16), max_prefill_tokens=8192)
-    follow(scheduler, order="moore_hodgson")
-    clock = lambda: 1_000.0  # noqa: E731
+def make_role(scheduler: Scheduler, clock: Callable[[], float]) -> PrefillRole:
     engine = SimpleNamespace(
         scheduler=scheduler,
         clock=clock,
@@ -227,28 +222,59 @@ async def test_a_resident_longer_than_the_prompt_puts_nothing_aside(num_kept: in
         clock=clock,
         kv_changes=SimpleNamespace(note_gone=lambda session: None),
     )
-    role = PrefillRole(context)
+    return PrefillRole(context)
 
-    def queue(name: str, num_tokens: int, arrival: float) -> None:
-        key = RoundKey("t", name, 1, 1)
-        waiting = WaitingPrefill(key, arrival, arrival, arrival + 1.0, 0.01)
-        session = SessionKey("t", name)
-        message: Any = SimpleNamespace(num_cached_tokens=num_tokens - 1, resident=None)
-        job = PrefillJob(message, key, array("i", [1]), 0.0, 1e6, waiting)
-        assert (job.session, job.num_tokens) == (session, num_tokens)
-        role._queue.append(job)
 
+def queue_job(role: PrefillRole, name: str, num_tokens: int, arrival: float, deadline_at: float = 1e6) -> None:
+    key = RoundKey("t", name, 1, 1)
+    waiting = WaitingPrefill(key, arrival, arrival, arrival + 1.0, 0.01)
+    message: Any = SimpleNamespace(num_cached_tokens=num_tokens - 1, resident=None)
+    job = PrefillJob(message, key, array("i", [1]), 0.0, deadline_at, waiting)
+    assert (job.session, job.num_tokens) == (SessionKey("t", name), num_tokens)
+    role._queue.append(job)
+    role._jobs[key] = job
+
+
+def fill_pool(scheduler: Scheduler, num_tokens: int) -> None:
+    busy = SessionKv(SessionKey("t", "busy"), pinned=True)
+    scheduler.sessions[busy.key] = busy
+    assert scheduler.reserve(busy, num_tokens)
+
+
+@pytest.mark.parametrize("num_kept", [1_000, 20_000])
+async def test_a_resident_longer_than_the_prompt_puts_nothing_aside(num_kept: int) -> None:
+    """A long prompt was cancelled, its KV is kept; the session's next prompt is short. With 20,000 tokens `_take_next`
+    raises, and the worker ends."""
+    scheduler = Scheduler(BlockAllocator(2_001, 16), max_prefill_tokens=8192)
+    follow(scheduler, order="moore_hodgson")
+    role = make_role(scheduler, lambda: 1_000.0)
     kept = SessionKv(SessionKey("t", "again"), resident=True)
     assert scheduler.reserve(kept, num_kept)
     kept.num_kv = num_kept
     role.residents._entries[kept.key] = scheduler.sessions[resident_key(kept.key)] = kept
-    busy = SessionKv(SessionKey("t", "busy"), pinned=True)
-    scheduler.sessions[busy.key] = busy
-    assert scheduler.reserve(busy, (2_000 - 10) * 16 - num_kept)  # 10 blocks are free
-    queue("aged", 30_000, 0.0)
-    queue("again", 500, 999.9)
-    queue("other", 300, 999.95)  # needs 19 blocks
+    fill_pool(scheduler, (2_000 - 10) * 16 - num_kept)  # 10 blocks are free
+    queue_job(role, "aged", 30_000, 0.0)
+    queue_job(role, "again", 500, 999.9)
+    queue_job(role, "other", 300, 999.95)  # needs 19 blocks
     assert role._take_next() is not None
     assert role._take_next() is None, "there is no room for it"
     unstaged = [waiting.key.session for waiting in scheduler.list_unstaged()]
     assert unstaged == ["aged", "other"], "the pace of steps counts them"
+
+
+async def test_a_prefill_given_up_in_the_queue_leaves_no_room_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(BlockAllocator(2_001, 16), max_prefill_tokens=8192)
+    follow(scheduler, order="moore_hodgson")
+    now = 1_000.0
+    role = make_role(scheduler, lambda: now)
+    given_up: list[str] = []
+    monkeypatch.setattr(role, "_report", lambda job, error: given_up.append(job.key.session))
+    fill_pool(scheduler, (2_000 - 400) * 16)
+    queue_job(role, "aged", 30_000, 0.0, deadline_at=1_001.0)
+    queue_job(role, "other", 6_000, 999.9)
+    assert role._take_next() is not None
+    assert role._order.count_claimed() > 0
+    now = 1_002.0
+    role.expire_deadlines()
+    assert given_up == ["aged"]
+    assert role._order.count_claimed() == 0
