@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class DecodingRounds:
+class DecodingRounds(msgspec.Struct, frozen=True):
     """What a step's time, and the time that it may take, depend on of the rounds that decode in it."""
 
     batch: int

@@ -41,13 +41,15 @@ def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingD
     for load in shortlist(view):
         options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters), has_room))
         workers.append(load)
-    best = max(range(len(options)), key=lambda index: _score(options[index], workers[index], view, parameters))
+    scores = [_score(option, load, view, parameters) for option, load in zip(options, workers, strict=True)]
+    best = scores.index(max(scores))
     num_here = len(options)
     if view.movable and _gain(options[best]) < MOVE_BELOW:
         for load in shortlist_movable(view):
             options.append(_judge(view, parameters, load, estimate_moved(view, load, parameters), has_room=True))
             workers.append(load)
-        best = max(range(len(options)), key=lambda index: _score(options[index], workers[index], view, parameters))
+            scores.append(_score(options[-1], load, view, parameters))
+        best = scores.index(max(scores))
     reason = f"{_gain(options[best]):+.2f} rounds on time"
     return decide(workers[best], options[best], reason, tuple(options), moves_session=best >= num_here)
 
@@ -111,20 +113,8 @@ def _judge(
     if parameters.crowd_price > 0.0 and load.decoding:
         crowded = (load.decode_step_s(1) / view.slo.itl_s - parameters.crowd_share) / CROWD_SPREAD
         disturbed += parameters.crowd_price * _probability(crowded)
-    return OptionEstimate(
-        placement=estimate.placement,
-        worker_id=estimate.worker_id,
-        num_new_tokens=estimate.num_new_tokens,
-        num_moved_tokens=estimate.num_moved_tokens,
-        windowed_s=estimate.windowed_s,
-        queue_s=estimate.queue_s,
-        transfer_s=estimate.transfer_s,
-        prefill_s=estimate.prefill_s,
-        work_s=estimate.work_s,
-        stretch=estimate.stretch,
-        on_time=on_time,
-        disturbed=disturbed,
-    )
+    estimate.on_time, estimate.disturbed = on_time, disturbed
+    return estimate
 
 
 def _score(option: OptionEstimate, load: WorkerLoad, view: RoutingView, parameters: RoutingParameters) -> float:

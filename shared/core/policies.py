@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import Any
 
 from shared.core.binding import BindingName
@@ -94,7 +95,9 @@ POLICIES: dict[str, SchedulingPolicy] = {
 # The parts of `adaptive`, each with what stands in its place when it is switched off.
 PARTS: dict[str, Mapping[str, Any]] = {
     "marginal_routing": {"route": route_threshold},
+    "delay_price": {"routing.delay_price": 0.0},
     "moore_hodgson": {"order.order": "fcfs", "routing.by_deadline": False},
+    "ageing": {"order.ageing": inf},
     "slack_chunks": {"routing.chunk.chunk": "fixed"},
     "calm_steps": {"routing.chunk.calm_itl_share": 1.0},
     "on_time_steps": {"routing.chunk.keeps_on_time": False},

@@ -76,8 +76,8 @@ class RoutingView:
         self.deadline = self.now - self.waited_s + self.slo.ttft_s
 
 
-class OptionEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy expected of one option, in seconds: the explanation of a decision."""
+class OptionEstimate(msgspec.Struct, kw_only=True):
+    """What a policy expects of one option, in seconds: the explanation of a decision. Nobody changes it after that."""
 
     placement: Placement
     worker_id: str

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import inf
 
+import msgspec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def choose(
     num_history: int = 0,
     num_waiting: int = 2_000,
 ) -> ChunkParameters:
-    beside = replace(BESIDE, batch=batch)
+    beside = msgspec.structs.replace(BESIDE, batch=batch)
     return choose_pace(FULL, costs, beside, queue, NOW, num_history=num_history, num_waiting=num_waiting)
 
 

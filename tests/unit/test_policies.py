@@ -181,7 +181,7 @@ def test_a_bad_option_is_refused_by_name(options: Mapping[str, Any], named: str)
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(AmpdError, match="choose one of colocated, continuum, remote, local, threshold, ampd, adaptive"):
         find_policy("greedy")
-    with pytest.raises(AmpdError, match="choose one of marginal_routing, moore_hodgson"):
+    with pytest.raises(AmpdError, match="choose one of marginal_routing, delay_price"):
         switch_off(find_policy("adaptive"), "everything")
 
 

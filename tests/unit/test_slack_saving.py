@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,7 +111,7 @@ def test_a_dense_model_saves_only_where_two_blocks_of_the_least_do_not_fit(
     ids=["fixed", "nobody decodes", "loose"],
 )
 def test_nothing_is_saved_where_the_chunk_is_large_enough(parameters: ChunkParameters, changes: dict[str, Any]) -> None:
-    beside = replace(BUSY, **changes)
+    beside = msgspec.structs.replace(BUSY, **changes)
     assert plan_saving(parameters, EXPERTS, beside, num_history=HISTORY, num_new=5_000) is None
     for step in range(3):
         queue = {"num_history": HISTORY, "num_waiting": 5_000}
@@ -169,6 +169,6 @@ def test_a_curve_that_is_flat_costs_nothing_and_divides_by_nothing() -> None:
         host_bytes_per_s=1.0,
         latency_s=0.0,
     )
-    beside = replace(BUSY, itl_slo_s=0.01)
+    beside = msgspec.structs.replace(BUSY, itl_slo_s=0.01)
     chunks = run_steps(3, beside, costs=StepCosts(degree, links, 1), saver=SlackSaver())
     assert chunks == [8_192] * 3
