@@ -19,8 +19,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is 
 
 from benchmarks.bench_output import describe_machine
 from shared.core.load import WorkerLoad
-from shared.core.policies import POLICIES, with_options
+from shared.core.policies import POLICIES, SchedulingPolicy, with_options
 from shared.core.reordering import OrderName, OrderParameters, PrefillOrder, WaitingPrefill
 from shared.core.routing import RoutingView
 from shared.core.step_costs import StepCosts
@@ -41,6 +42,7 @@ from shared.profile_files import load_profile
 
 NOW = 1_000.0
 SLO = Slo(ttft_s=2.0, itl_s=0.05)
+NUM_ROUNDS = 8
 TARGET_ROUTING_US = 50.0
 TARGET_ORDERING_US = 1_000.0
 
@@ -60,24 +62,31 @@ def draw_worker(draws: random.Random, costs: StepCosts, role: Role, number: int,
     return load
 
 
-def make_view(num_workers: int, num_queued: int, num_new: int) -> RoutingView:
+def make_views(num_workers: int, num_queued: int, num_new: int) -> list[RoutingView]:
+    """Rounds that come one after the other, of slightly more tokens each: nothing that is remembered of one decision
+    but the workers' state is of use to the next."""
     draws = random.Random(0)
     costs = StepCosts.from_profile(load_profile("h100-qwen3-32b"), 2)
     each = num_queued // num_workers
     prefill = [draw_worker(draws, costs, "prefill", number, each) for number in range(num_workers)]
     movable = [draw_worker(draws, costs, "both", number, each) for number in range(1, num_workers + 1)]
-    return RoutingView(
-        now=NOW,
-        num_cached_tokens=8_000,
-        num_total_tokens=8_000 + num_new,
-        first_round=False,
-        slo=SLO,
-        decode=draw_worker(draws, costs, "both", 0, each),
-        prefill_workers=prefill,
-        movable=movable,
-        num_needed_tokens=9_200,
-        resident={load.worker_id: draws.randint(1_000, 8_000) for load in prefill[:: max(1, num_workers // 4)]},
-    )
+    decode = draw_worker(draws, costs, "both", 0, each)
+    resident = {load.worker_id: draws.randint(1_000, 8_000) for load in prefill[:: max(1, num_workers // 4)]}
+    return [
+        RoutingView(
+            now=NOW + 0.001 * number,
+            num_cached_tokens=8_000,
+            num_total_tokens=8_000 + num_new + number,
+            first_round=False,
+            slo=SLO,
+            decode=decode,
+            prefill_workers=prefill,
+            movable=movable,
+            num_needed_tokens=9_200,
+            resident=resident,
+        )
+        for number in range(NUM_ROUNDS)
+    ]
 
 
 def make_queue(num_queued: int) -> list[WaitingPrefill]:
@@ -107,6 +116,10 @@ def measure_us(call: Callable[[], object], repeats: int, min_s: float) -> dict[s
     }
 
 
+def _route_next(policy: SchedulingPolicy, rounds: Iterator[RoutingView]) -> None:
+    policy.route(next(rounds), policy.routing)
+
+
 def _time_calls(call: Callable[[], object], num_calls: int) -> float:
     started = time.thread_time()
     for _ in range(num_calls):
@@ -124,10 +137,10 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     variants = dict(POLICIES)
     variants["ampd, live terms"] = with_options(POLICIES["ampd"], {"routing.live_terms": True})
-    views = {size: make_view(args.workers, args.queued, size) for size in args.new_tokens}
-    for size, view in views.items():
+    views = {size: make_views(args.workers, args.queued, size) for size in args.new_tokens}
+    for size, rounds in views.items():
         for name, policy in variants.items():
-            add(f"routing: {name}, {size} tokens", TARGET_ROUTING_US, partial(policy.route, view, policy.routing))
+            add(f"routing: {name}, {size} tokens", TARGET_ROUTING_US, partial(_route_next, policy, cycle(rounds)))
     queue = make_queue(args.queued)
     orders: tuple[OrderName, ...] = ("fcfs", "program_fcfs", "window", "moore_hodgson")
     for order in orders:
@@ -136,7 +149,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         add(f"ordering: {order}", target_us, partial(orderer.order, queue, NOW))
     aged = PrefillOrder(OrderParameters(order="moore_hodgson", ageing=0.0, aged_every=1))
     add("ordering: moore_hodgson, aged turn", TARGET_ORDERING_US, partial(aged.order, queue, NOW))
-    costs = views[args.new_tokens[0]].decode.costs
+    costs = views[args.new_tokens[0]][0].decode.costs
     add("largest chunk", None, partial(costs.largest_chunk, 32, 5_000.0, 8_000, 0.045))
     return rows
 

@@ -197,7 +197,7 @@ def list_modes(costs: StepCosts, load: SessionLoad, itl_slo_s: float) -> tuple[M
         modes.append(Mode(batch, step_s, 0.0))
         chunk = min(FULL_CHUNK, costs.largest_chunk(batch, context, round(context), limit_s))
         if chunk > 0:
-            mixed_s = costs.step_s(batch, context, ((round(context), chunk),))
+            mixed_s = costs.chunk_step_s(batch, context, round(context), chunk)
             # in seconds of a worker whose steps are full, as work_s
             modes.append(Mode(batch, mixed_s, min(1.0, costs.work_s(round(context), chunk) / mixed_s)))
     return tuple(modes)

@@ -24,7 +24,7 @@ def predict_stretch(parameters: ChunkParameters, costs: StepCosts, beside: Decod
         else:
             num_tokens = costs.count_fitting_tokens(batch, mean_context, parameters.itl_share * beside.itl_slo_s)
             num_tokens = max(parameters.min_chunk_tokens, min(parameters.max_prefill_tokens, num_tokens))
-    step_s = costs.step_s(batch, mean_context, ((0, num_tokens),))
+    step_s = costs.chunk_step_s(batch, mean_context, 0, num_tokens)
     return max(1.0, (step_s + saved_s) / costs.work_s(0, num_tokens))
 
 
@@ -35,11 +35,11 @@ def predict_mixed_s(
     batch, mean_context = beside.batch, beside.mean_context
     if parameters.chunk == "fixed":
         num_steps = -(-num_new // parameters.chunk_tokens)
-        step = (num_history + num_new // 2, num_new // num_steps)
-        return num_steps * costs.step_s(batch, mean_context, (step,))
+        history, chunk = num_history + num_new // 2, num_new // num_steps
+        return num_steps * costs.chunk_step_s(batch, mean_context, history, chunk)
     limit_s = parameters.itl_share * beside.itl_slo_s
     if num_new <= parameters.max_prefill_tokens:
-        whole_s = costs.step_s(batch, mean_context, ((num_history, num_new),))
+        whole_s = costs.chunk_step_s(batch, mean_context, num_history, num_new)
         if whole_s <= limit_s:  # one step: most rounds of agents are so short
             return whole_s
     saving = plan_saving(parameters, costs, beside, num_history=num_history + num_new // 2, num_new=num_new)

@@ -77,8 +77,8 @@ def fit_chunks(
     if parameters.chunk == "slack" and beside.batch:
         limit_s = parameters.itl_share * beside.itl_slo_s
         if budget_tokens > parameters.min_chunk_tokens:  # saved up for, if it is beyond the limit (slack_saving.py)
-            whole = (prefills[0][0], min(budget_tokens, sum(chunks)))
-            limit_s = max(limit_s, costs.step_s(beside.batch, beside.mean_context, (whole,)))
+            whole = min(budget_tokens, sum(chunks))
+            limit_s = max(limit_s, costs.chunk_step_s(beside.batch, beside.mean_context, prefills[0][0], whole))
         _fit_slack(costs, prefills, chunks, beside, limit_s)
     if parameters.keeps_on_time and len(chunks) > 1:
         _keep_on_time(costs, prefills, chunks, beside, time_left_s)

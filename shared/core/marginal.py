@@ -100,8 +100,9 @@ def _judge(
 ) -> OptionEstimate:
     """Add the probabilities: that this round is on time, and that another no longer is. `has_room`: of KV, where it
     decodes."""
-    margin_s = view.deadline - view.now - estimate.total_s
-    spread_s = parameters.uncertainty * estimate.total_s + 0.002
+    total_s = estimate.total_s
+    margin_s = view.deadline - view.now - total_s
+    spread_s = parameters.uncertainty * total_s + 0.002
     on_time = _probability(margin_s / spread_s)
     if not has_room:
         on_time *= NO_ROOM  # it has to wait until others have ended

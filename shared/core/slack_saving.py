@@ -45,12 +45,12 @@ def plan_saving(
     limit_s = parameters.itl_share * beside.itl_slo_s
     if worth <= least or num_new <= least:
         return None
-    if costs.step_s(batch, mean_context, ((num_history, min(worth, num_new)),)) <= limit_s:
+    if costs.chunk_step_s(batch, mean_context, num_history, min(worth, num_new)) <= limit_s:
         return None
     decode_s = costs.decode_step_s(batch, mean_context)
     num_tokens = min(num_new, costs.efficient_chunk(batch, EFFICIENT_SHARE, least, most))
-    least_s = costs.step_s(batch, mean_context, ((num_history, least),)) - decode_s
-    extra_s = costs.step_s(batch, mean_context, ((num_history, num_tokens),)) - decode_s
+    least_s = costs.chunk_step_s(batch, mean_context, num_history, least) - decode_s
+    extra_s = costs.chunk_step_s(batch, mean_context, num_history, num_tokens) - decode_s
     return SavedChunk(num_tokens, extra_s, max(MIN_ADDED_S, least_s, limit_s - decode_s))
 
 

@@ -92,6 +92,8 @@ class StepCosts:
 
     __slots__ = (
         "_attended",
+        "_attended_before",
+        "_decode_attended",
         "_efficient",
         "attend",
         "attend_floor_s",
@@ -114,7 +116,8 @@ class StepCosts:
         self.decode_attend = Bilinear(degree.decode_attention)
         self.attend_floor_s = self.attend(0, 1)
         self.token_s = self.linear(FULL_STEP_TOKENS) / FULL_STEP_TOKENS
-        self._attended = (0, 1, self.attend_floor_s)
+        self._attended = self._attended_before = (0, 1, self.attend_floor_s)
+        self._decode_attended = (0, 0.0, self.decode_attend(0, 0.0))
         self._efficient: dict[tuple[int, float, int, int], int] = {}
         self.parallel_degree = degree.parallel_degree
         self.num_kv_tokens = degree.num_kv_tokens
@@ -131,12 +134,25 @@ class StepCosts:
         return cls(profile.degree(parallel_degree), profile.links, profile.kv_bytes_per_token, scale=scale)
 
     def attend_s(self, num_history: int, num_new: int) -> float:
-        """Attention of one prefill chunk, unscaled. A decision asks for the same one several times in turn."""
+        """Attention of one prefill chunk, unscaled. A decision asks for the same two several times in turn."""
         asked_history, asked_new, attended_s = self._attended
         if asked_history == num_history and asked_new == num_new:
             return attended_s
+        asked_history, asked_new, attended_s = self._attended_before
+        if asked_history == num_history and asked_new == num_new:
+            return attended_s
         attended_s = self.attend(num_history, num_new)
+        self._attended_before = self._attended
         self._attended = (num_history, num_new, attended_s)
+        return attended_s
+
+    def decode_attend_s(self, batch: int, mean_context: float) -> float:
+        """Attention of a decode step, unscaled. A decision asks for the same one several times in turn."""
+        asked_batch, asked_context, attended_s = self._decode_attended
+        if asked_batch == batch and asked_context == mean_context:
+            return attended_s
+        attended_s = self.decode_attend(batch, mean_context)
+        self._decode_attended = (batch, mean_context, attended_s)
         return attended_s
 
     def work_s(self, num_history: int, num_new: int) -> float:
@@ -148,7 +164,7 @@ class StepCosts:
         """T_dec: one token for each of `batch` sequences."""
         if batch <= 0:
             return 0.0
-        return self.scale * (self.linear(batch) + self.decode_attend(batch, mean_context))
+        return self.scale * (self.linear(batch) + self.decode_attend_s(batch, mean_context))
 
     def step_s(self, batch: int, mean_context: float, chunks: Sequence[tuple[int, int]]) -> float:
         """A mixed step: `batch` decodes and prefill chunks (history tokens, chunk tokens).
@@ -156,12 +172,19 @@ class StepCosts:
         The attention of all chunks is one launch: what even one token takes is counted once.
         """
         num_tokens = batch
-        attention_s = self.decode_attend(batch, mean_context) if batch else 0.0
+        attention_s = self.decode_attend_s(batch, mean_context) if batch else 0.0
         for index, (history, chunk) in enumerate(chunks):
             num_tokens += chunk
             attended_s = self.attend_s(history, chunk)
             attention_s += attended_s if index == 0 else max(0.0, attended_s - self.attend_floor_s)
         return self.scale * (self.linear(num_tokens) + attention_s) if num_tokens else 0.0
+
+    def chunk_step_s(self, batch: int, mean_context: float, num_history: int, num_new: int) -> float:
+        """A mixed step with one prefill chunk, of one token at least: step_s, for predictions."""
+        attention_s = self.attend_s(num_history, num_new)
+        if batch:
+            attention_s += self.decode_attend_s(batch, mean_context)
+        return self.scale * (self.linear(batch + num_new) + attention_s)
 
     def prefill_s(self, num_history: int, num_new: int) -> float:
         """T_pre: a prefill alone on the worker."""
@@ -188,7 +211,7 @@ class StepCosts:
         """A prefill beside `batch` decodes, in equal chunks as large as keep each step within `limit_s`; chunks are of
         min_chunk tokens at least and max_chunk at most. As many steps as the linear piece that reaches the limit and
         the attention in all ask for: no chunk is sought."""
-        decode_s = self.decode_attend(batch, mean_context)
+        decode_s = self.decode_attend_s(batch, mean_context)
         attended_s = max(0.0, self.attend_s(num_history, num_new) - self.attend_floor_s)
         offset, slope = self.linear.piece_at(limit_s / self.scale - decode_s)
         room_s = limit_s / self.scale - (offset + slope * batch + decode_s + self.attend_floor_s)
@@ -201,7 +224,7 @@ class StepCosts:
 
     def count_fitting_tokens(self, batch: int, mean_context: float, limit_s: float) -> int:
         """Prefill tokens that fit a step of `limit_s` beside the decodes, whatever they attend to; never below 0."""
-        rest_s = limit_s / self.scale - self.decode_attend(batch, mean_context) - self.attend_floor_s
+        rest_s = limit_s / self.scale - self.decode_attend_s(batch, mean_context) - self.attend_floor_s
         return max(0, int(self.linear.inverse(rest_s)) - batch)
 
     def efficient_chunk(self, batch: int, share: float, least: int, most: int) -> int:
@@ -221,7 +244,7 @@ class StepCosts:
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""
         linear, attend = self.linear, self.attend
-        rest_s = budget_s / self.scale - (self.decode_attend(batch, mean_context) if batch else 0.0)
+        rest_s = budget_s / self.scale - (self.decode_attend_s(batch, mean_context) if batch else 0.0)
         low, high = 0, int(linear.inverse(rest_s)) - batch  # more cannot fit, attention aside
         if high <= 0:
             return 0
@@ -254,7 +277,7 @@ class StepCost:
     def __init__(self, costs: StepCosts, batch: int, mean_context: float) -> None:
         self._costs = costs
         self._num_tokens = batch
-        self._attention_s = costs.attend_floor_s + (costs.decode_attend(batch, mean_context) if batch else 0.0)
+        self._attention_s = costs.attend_floor_s + (costs.decode_attend_s(batch, mean_context) if batch else 0.0)
 
     def add(self, history: int, chunk: int) -> float:
         """Seconds that the step takes with one chunk more."""
