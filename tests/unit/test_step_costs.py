@@ -161,10 +161,21 @@ def test_one_slice_is_one_step() -> None:
     assert sliced_s == pytest.approx(COSTS.step_s(8, 2_000.0, [(4_150, 300)]))
 
 
-def test_attention_asked_again_is_the_same() -> None:
+few = st.sampled_from((0, 1, 8, 300, 4_000))  # asked for again, in any order
+
+
+@given(st.lists(st.tuples(few, few, few, few), min_size=1, max_size=20))
+def test_attention_asked_again_is_the_same(asked: list[tuple[int, int, int, int]]) -> None:
     costs = StepCosts.from_profile(PROFILE, 2, scale=2.0)
-    for num_history, num_new in ((0, 1), (4_000, 300), (4_000, 300), (300, 4_000), (4_000, 300)):
+    for batch, mean_context, num_history, num_new in asked:
         assert costs.attend_s(num_history, num_new) == costs.attend(num_history, num_new)
+        assert costs.decode_attend_s(batch, mean_context) == costs.decode_attend(batch, mean_context)
+
+
+@given(st.integers(0, 200), st.integers(0, 20_000), st.integers(0, 50_000), st.integers(1, 8_192))
+def test_a_step_of_one_chunk_is_a_mixed_step(batch: int, mean_context: int, num_history: int, num_new: int) -> None:
+    one_s = COSTS.chunk_step_s(batch, mean_context, num_history, num_new)
+    assert one_s == COSTS.step_s(batch, mean_context, ((num_history, num_new),))
 
 
 @pytest.mark.parametrize("name", list_profiles())
