@@ -143,14 +143,16 @@ def list_clusters(cell: Cell, policy_name: str) -> list[tuple[WorkerGroup, ...]]
     decode = [one.parallel_degree for one in cell.profile.degrees if one.num_kv_tokens >= cell.longest_context]
     prefill = [one.parallel_degree for one in cell.profile.degrees if one.num_kv_tokens >= cell.longest_context / 2]
     together = [_together(degree) for degree in decode]
-    splits = [
-        split
-        for decode_degree in decode
-        for prefill_degree in prefill
-        if prefill_degree <= decode_degree
-        for share in PREFILL_SHARES
-        for split in _split(prefill_degree, decode_degree, share, "decode")
-    ]
+    splits = list(
+        dict.fromkeys(  # of few large workers, near shares are the same split
+            split
+            for decode_degree in decode
+            for prefill_degree in prefill
+            if prefill_degree <= decode_degree
+            for share in PREFILL_SHARES
+            for split in _split(prefill_degree, decode_degree, share, "decode")
+        )
+    )
     match policy_name:
         case "colocated-untuned":
             return [_together(smallest_degree(cell.profile))]
