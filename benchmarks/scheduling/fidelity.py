@@ -21,9 +21,7 @@ EXAMPLE = """examples:
     --policies remote,adaptive --rates 4,8,12 --cluster prefill:2x2,decode:2x2 --duration 20 --out out/fidelity
   python -m benchmarks.scheduling.fidelity trace.jsonl --engine torch --profile cpu-smollm2 --prefill 1 --decode 1 \\
     --policies remote,adaptive --rates 0.1,0.2 --sessions 12 --max-context 600 --out out/fidelity-cpu"""
-
-
-MEDIANS = ("ttft_p50_s", "tpot_p50_s")  # [simulated, live]: a machine that others slow down shows in them
+MEDIANS = ("ttft_p50_s", "tpot_p50_s")  # [simulated, live]
 
 
 def main() -> int:
@@ -39,16 +37,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="torch: as the profile was measured (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
     args, common = parser.parse_known_args()
-    compare = [sys.executable, "-m", "loadgen", "compare", args.trace, *common]
-    compare += ["--profile", args.profile]  # what both predict with
-    live = [*compare, "--engine", args.engine, "--out", str(args.out / "live")]
-    simulated = [*compare, "--simulate", "--out", str(args.out / "simulated")]
-    if args.engine == "emulated":
-        scale = ["--time-scale", args.time_scale]
-        live += scale
-        simulated += scale
-    else:
-        live += ["--model", args.model, "--dtype", args.dtype]
+    simulated, live = build_commands(args, common)
     for command in (simulated, live):
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     rows = compare_runs(read_runs(args.out / "simulated"), read_runs(args.out / "live"))
@@ -69,6 +58,17 @@ def main() -> int:
             f"live {100 * row['live']:6.1f} %  {row['difference_points']:+.1f} points"
         )
     return 0
+
+
+def build_commands(args: argparse.Namespace, common: list[str]) -> tuple[list[str], list[str]]:
+    """`loadgen compare` (simulated, live); both sides predict with the profile."""
+    compare = [sys.executable, "-m", "loadgen", "compare", args.trace, *common, "--profile", args.profile]
+    live = [*compare, "--engine", args.engine, "--out", str(args.out / "live")]
+    simulated = [*compare, "--simulate", "--out", str(args.out / "simulated")]
+    if args.engine == "emulated":
+        scale = ["--time-scale", args.time_scale]
+        return [*simulated, *scale], [*live, *scale]
+    return simulated, [*live, "--model", args.model, "--dtype", args.dtype]
 
 
 def read_runs(folder: Path) -> dict[tuple[str, float], dict[str, Any]]:

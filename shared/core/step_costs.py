@@ -180,7 +180,7 @@ class StepCosts:
         return self.scale * (self.linear(num_tokens) + attention_s) if num_tokens else 0.0
 
     def chunk_step_s(self, batch: int, mean_context: float, num_history: int, num_new: int) -> float:
-        """A mixed step with one prefill chunk, of one token at least: step_s, for predictions."""
+        """`step_s` with one prefill chunk, of one token at least: what every prediction asks for."""
         attention_s = self.attend_s(num_history, num_new)
         if batch:
             attention_s += self.decode_attend_s(batch, mean_context)
