@@ -16,7 +16,7 @@ from loadgen.percentiles import Runs
 from loadgen.plan import PlannedRound, PlannedSession
 from loadgen.traces import bad_line, read_lines
 from shared.errors import AmpdError, ErrorCode
-from shared.messages import FinishReason, Slo, Usage
+from shared.messages import FinishReason, Slo, StepTimes, Usage
 
 NOT_SENT = "not_sent"  # error code of rounds that were never sent, because the session had stopped
 INTERRUPTED = "interrupted"  # error code of rounds cut off or not reached when the run was stopped
@@ -113,6 +113,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     warm_up_s: float = 0.0
     until_s: float | None = None
     simulation: dict[str, Any] | None = None
+    step_times: dict[str, StepTimes] | None = None  # of live workers that have a profile, by their names
 
 
 def record_unsent(

@@ -26,7 +26,7 @@ from loadgen.table import print_report
 from loadgen.traces import TraceFormat, read_trace
 from shared.client import AmpdClient
 from shared.errors import AmpdError, ErrorCode
-from shared.messages import SessionOpened, Slo
+from shared.messages import SessionOpened, Slo, StepTimes
 
 RUN, ROUNDS, REPORT, PLOT = "run.json", "rounds.jsonl", "report.json", "report.png"
 
@@ -101,6 +101,8 @@ async def replay_trace(client: AmpdClient, config: ReplayConfig, plan: Plan, out
             stopped = await _run_until_stopped(client, plan, options, on_record, progress)
             for record in find_missing(plan.sessions, records, options.name_session, interrupted=stopped):
                 on_record(record)
+    run = msgspec.structs.replace(run, step_times=await _read_step_times(client))
+    (out / RUN).write_bytes(encode_run(run))
     return render(run, records, out, console)
 
 
@@ -191,6 +193,17 @@ async def _describe_run(client: AmpdClient, config: ReplayConfig, plan: Plan, op
         },
         machine=describe_machine(),
     )
+
+
+async def _read_step_times(client: AmpdClient) -> dict[str, StepTimes] | None:
+    """What the workers' steps took, beside what their profiles say; None where no profile or no cluster is left."""
+    try:
+        status = await client.status()
+    except AmpdError:
+        return None
+    beats = [worker.heartbeat for worker in status.workers]
+    times = {beat.worker_id: beat.step_times for beat in beats if beat.step_times != StepTimes()}
+    return times or None
 
 
 def describe_machine() -> dict[str, Any]:

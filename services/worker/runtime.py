@@ -242,6 +242,7 @@ class WorkerRuntime:
             draining=context.draining,
             prefill_scale=scheduler.predictor.prefill_scale,
             decode_scale=scheduler.predictor.decode_scale,
+            step_times=scheduler.predictor.times,
             parallel_degree=context.parallel_degree,
             profile=context.profile,
             node=context.node,

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 
 from shared.core.step_costs import StepCosts
+from shared.messages import StepTimes
 
 CORRECTION_WEIGHT = 0.1  # of the newest step in a running mean
 CORRECTION_RANGE = (0.2, 5.0)  # one step that the machine held up must not stop every prefill
@@ -23,6 +24,8 @@ class StepPredictor:
         self.correction = 1.0  # measured / predicted, a running mean; this one of all steps
         self.prefill_correction = 1.0  # of steps that prefill
         self.decode_correction = 1.0  # of those that only decode
+        self._prefill_s = self._prefill_profile_s = 0.0  # of all steps so far, measured and by the profile
+        self._decode_s = self._decode_profile_s = 0.0
         self._scale = costs.scale if costs is not None else 1.0
         self._corrects = corrects
 
@@ -58,10 +61,23 @@ class StepPredictor:
         self.correction = correct(self.correction, predicted_s, seconds)
         if chunks:
             self.prefill_correction = correct(self.prefill_correction, predicted_s, seconds)
+            self._prefill_s += seconds
+            self._prefill_profile_s += predicted_s
         else:
             self.decode_correction = correct(self.decode_correction, predicted_s, seconds)
+            self._decode_s += seconds
+            self._decode_profile_s += predicted_s
         if self._corrects:
             self.costs.scale = self._scale * self.correction
+
+    @property
+    def times(self) -> StepTimes:
+        return StepTimes(
+            prefill_s=self._prefill_s,
+            prefill_profile_s=self._prefill_profile_s,
+            decode_s=self._decode_s,
+            decode_profile_s=self._decode_profile_s,
+        )
 
     @property
     def prefill_scale(self) -> float:

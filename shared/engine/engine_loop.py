@@ -212,6 +212,7 @@ class EngineLoop:
     async def run(self) -> None:
         """Run steps until cancelled. A failure of the forward pass is a programming error: it ends the process."""
         loop = asyncio.get_running_loop()
+        began = self.clock()
         try:
             while True:
                 if self._failure is not None:
@@ -222,18 +223,21 @@ class EngineLoop:
                 if not planned:
                     self._work.clear()
                     await self._work.wait()
+                    began = self.clock()
                     continue
                 items = [self._step_item(item) for item in planned]
                 self._in_step = {item.sequence for item in planned}
                 self._step_ended = asyncio.Event()
-                started = self.clock()
                 for item in planned:
                     on_start, item.sequence.on_start = item.sequence.on_start, None
                     if on_start is not None:
                         on_start()
                 tokens = await loop.run_in_executor(self._executor, self.runner.step, items)
                 self._in_step = set()
-                self._take(planned, tokens, self.clock() - started)
+                # what is done between two steps is of the second: as much later come its tokens
+                ended = self.clock()
+                self._take(planned, tokens, ended - began)
+                began = ended
                 self._step_ended.set()
                 # those who waited for the step's end go first; and a busy engine must not starve the bus
                 await asyncio.sleep(0)

@@ -96,6 +96,7 @@ from shared.messages.worker_events import (
     PrefillEnded,
     QueuedPrefill,
     RoundEnded,
+    StepTimes,
     WorkerLeaving,
 )
 
@@ -169,6 +170,7 @@ __all__ = [
     "SetRole",
     "Slo",
     "StageKv",
+    "StepTimes",
     "StopConditions",
     "StreamMessage",
     "SubmitRound",

@@ -76,6 +76,15 @@ class QueuedPrefill(msgspec.Struct, frozen=True, kw_only=True):
     waiting_s: float
 
 
+class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Of all steps since the worker began: the seconds that they took, and those that its profile gives them."""
+
+    prefill_s: float = 0.0  # of steps that prefill
+    prefill_profile_s: float = 0.0
+    decode_s: float = 0.0  # of those that only decode
+    decode_profile_s: float = 0.0
+
+
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     """Once a second from every worker. `ttft` is of rounds prefilled here, `itl` of rounds decoded here."""
 
@@ -106,6 +115,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     draining: bool
     prefill_scale: float = 0.0  # measured over the profile's durations, of steps that prefill; 0: no profile
     decode_scale: float = 0.0  # of steps that only decode
+    step_times: StepTimes = StepTimes()  # zeros without a profile
     parallel_degree: int = 1
     profile: str = ""  # name of the timing profile that the worker runs or was measured with; empty: none
     node: str = ""  # workers of one node exchange KV over its fast links

@@ -381,6 +381,10 @@ def test_measured_steps_correct_the_costs_within_bounds(corrects: bool) -> None:
     assert predictor.correction == pytest.approx(5.0, rel=0.01)
     assert predictor.decode_scale == pytest.approx(5.0, rel=0.01)
     assert costs.scale == 1.0, "the caller's costs are left alone"
+    times = predictor.times
+    assert times.prefill_s == pytest.approx(20.0)
+    assert times.prefill_profile_s == pytest.approx(10.0), "by the profile, however far it is corrected"
+    assert times.decode_s / times.decode_profile_s == pytest.approx(1e9 / costs.decode_step_s(1, 10.0))
 
 
 def test_a_prefill_that_shared_its_steps_corrects_nothing() -> None:

@@ -18,6 +18,7 @@ from shared.core.types import RoundKey, SessionKey
 from shared.engine.engine_loop import EngineLoop, build_scheduler
 from shared.engine.model_files import resolve_model
 from shared.engine.model_runner import ModelRunner
+from shared.engine.step import StepItem
 from shared.messages import SamplingParams
 
 
@@ -100,6 +101,48 @@ async def test_rounds_equal_generate(model_dir: Path, reference: torch.nn.Module
         scheduler.drop(key)
     scheduler.check_integrity()
     assert scheduler.allocator.num_free == scheduler.allocator.num_usable
+
+
+async def test_a_step_takes_from_the_end_of_the_one_before(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done between two steps makes the second's tokens later; what the engine waited for work does not."""
+    now_s = 0.0
+    taken_s: list[float] = []
+    runner = ModelRunner.load(model_dir, dtype="float32", num_blocks=100)
+    scheduler = build_scheduler(runner, chunk_tokens=8, max_prefill_tokens=8, max_batch=4)
+    engine = EngineLoop(runner, scheduler, clock=lambda: now_s)
+    step = runner.step
+
+    def take_a_second(items: list[StepItem]) -> list[int | None]:
+        nonlocal now_s
+        now_s += 1.0
+        return step(items)
+
+    monkeypatch.setattr(runner, "step", take_a_second)
+    monkeypatch.setattr(scheduler.predictor, "observe", lambda *step: taken_s.append(step[-1]))
+    loop_task = asyncio.create_task(engine.run())
+    try:
+        for name in ("first", "second"):
+            key = SessionKey("t", name)
+            kv = scheduler.sessions[key] = SessionKv(key)
+            kv.tokens.extend(range(5))
+            ended = asyncio.Event()
+
+            def on_token(sequence: Sequence, token: int, ended: asyncio.Event = ended) -> None:
+                nonlocal now_s
+                now_s += 0.25
+                if sequence.kv.num_tokens == 8:
+                    engine.finish(sequence)
+                    ended.set()
+
+            round_key = RoundKey(*key, 0, 1)
+            engine.submit(Sequence(round_key, kv, SamplingParams(), kv.num_tokens, arrival=now_s), on_token)
+            await asyncio.wait_for(ended.wait(), 30)
+            await asyncio.sleep(0.01)  # it waits for work
+            now_s += 100.0
+    finally:
+        loop_task.cancel()
+        await asyncio.gather(loop_task, return_exceptions=True)
+    assert taken_s == [1.0, 1.25, 1.25] * 2
 
 
 async def test_remove_waits_for_the_step_that_uses_the_blocks(model_dir: Path) -> None:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from heartbeats import make_heartbeat
 from rich.console import Console
 
 from loadgen.cli import main
-from loadgen.records import RoundRecord, read_records
+from loadgen.records import RoundRecord, read_records, read_run
 from loadgen.replay import ReplayOptions, replay
 from loadgen.run import ReplayConfig, plan_replay, render_again, replay_trace
 from shared import subjects
@@ -34,9 +35,11 @@ from shared.messages import (
     SessionClosed,
     SessionOpened,
     Slo,
+    StepTimes,
     SubmitRound,
     TokensInput,
     Usage,
+    WorkerStatus,
     decode,
     encode,
     pack_token_ids,
@@ -59,6 +62,7 @@ class FakeCluster:
         self.refuse: dict[tuple[int, int], ErrorCode] = {}  # by (session number, round)
         self.silent: set[tuple[int, int]] = set()
         self.submitted = asyncio.Event()
+        self.step_times: dict[str, StepTimes] = {}
 
     async def start(self) -> None:
         await self.bus.subscribe(subjects.ALL_SESSION_REQUESTS, self.on_request)
@@ -112,7 +116,10 @@ class FakeCluster:
         return ClusterStatus(
             policy="remote",
             model="fake",
-            workers=(),
+            workers=tuple(
+                WorkerStatus(alive=True, last_seen_s=0.1, heartbeat=make_heartbeat(name, step_times=times))
+                for name, times in self.step_times.items()
+            ),
             sessions=(),
             num_sessions=0,
             num_rounds_in_flight=0,
@@ -237,6 +244,16 @@ async def test_replay_writes_everything(client: AmpdClient, cluster: FakeCluster
     strict = render_again(out, Console(quiet=True), 1e-9, None)
     assert strict["slo"]["attainment"] == 0.0
     assert json.loads((out / "report.json").read_text()) == report  # another SLO changes no file
+
+
+async def test_what_the_workers_steps_took_is_written_down(
+    client: AmpdClient, cluster: FakeCluster, trace: Path, tmp_path: Path
+) -> None:
+    measured = StepTimes(decode_s=3.0, decode_profile_s=2.0)
+    cluster.step_times = {"decode-0": measured, "decode-1": StepTimes()}
+    config = config_for(trace)
+    await replay_trace(client, config, plan_replay(config), tmp_path, Console(quiet=True))
+    assert read_run(tmp_path / "run.json").step_times == {"decode-0": measured}, "the other has no profile"
 
 
 async def test_a_failed_round_stops_its_session_and_counts(
