@@ -65,7 +65,8 @@ class WorkerLoad:
     )
     _stretch: float = field(default=1.0, init=False, repr=False)
     # the last question to wait_before_s and its answer: a decision asks twice
-    _waited: tuple[float, float, float, float, float] | None = field(default=None, init=False, repr=False)
+    _wait_asked: tuple[float, float, float] | None = field(default=None, init=False, repr=False)
+    _waits: tuple[float, float] = field(default=(0.0, 0.0), init=False, repr=False)
 
     @property
     def takes_prefill(self) -> bool:
@@ -154,32 +155,30 @@ class WorkerLoad:
         `stretch`: how much longer than its work each takes, beside the decodes there. Prefills that are late already go
         after everybody who is not (see order_moore_hodgson): they count in neither.
         """
-        if self._waited is not None and self._waited[:3] == (deadline, now, stretch):
-            return self._waited[3:]
-        before_s = 0.0
+        asked = (deadline, now, stretch)
+        if asked == self._wait_asked:
+            return self._waits
+        starts = finish = now
         least_slack_s = float("inf")
-        finish = now
         if self.by_deadline:
             finish -= min(now - self.progress_at, self.by_deadline[0].work_s * stretch)
         for load in self.by_deadline:
-            after = finish + load.work_s * stretch
-            if after > load.deadline:
+            due, after = load.deadline, finish + load.work_s * stretch
+            if after > due:
                 continue
             finish = after
-            if load.deadline <= deadline:
-                before_s = finish - now
-            else:
-                slack_s = load.deadline - finish
-                if slack_s < least_slack_s:
-                    least_slack_s = slack_s
-        self._waited = (deadline, now, stretch, max(0.0, before_s), least_slack_s)
-        return self._waited[3:]
+            if due <= deadline:
+                starts = after
+            elif due - after < least_slack_s:
+                least_slack_s = due - after
+        self._wait_asked, self._waits = asked, (max(0.0, starts - now), least_slack_s)
+        return self._waits
 
     # ------------------------------------------------------------------------------ bookkeeping
 
     def begin_prefill(self, key: SessionKey, num_new: int, work_s: float, deadline: float, now: float) -> None:
         self.end_prefill(key, now)
-        self._waited = None
+        self._wait_asked = None
         if not self.prefills:
             self.progress_at = now
         load = PrefillLoad(key, num_new, work_s, deadline)
@@ -192,7 +191,7 @@ class WorkerLoad:
         load = self.prefills.pop(key, None)
         if load is None:
             return
-        self._waited = None
+        self._wait_asked = None
         index = bisect_left(self.by_deadline, load.deadline, key=_DEADLINE)
         while self.by_deadline[index] is not load:
             index += 1

@@ -36,19 +36,21 @@ MAX_DELAY_COST = 0.05  # rounds: what a batch waits tells options apart that are
 def route_adaptive(view: RoutingView, parameters: RoutingParameters) -> RoutingDecision:
     """Compare the decode worker with the least loaded prefill workers and those that hold the session's KV."""
     has_room = view.decode.has_room(view.num_needed_tokens, view.now)
-    options = [_judge(view, parameters, view.decode, estimate_local(view, parameters), has_room)]
-    workers = [view.decode]
+    local = _judge(view, parameters, view.decode, estimate_local(view, parameters), has_room)
+    options, workers, scores = [local], [view.decode], [_score(local, view.decode, view, parameters)]
     for load in shortlist(view):
-        options.append(_judge(view, parameters, load, estimate_remote(view, load, parameters), has_room))
+        option = _judge(view, parameters, load, estimate_remote(view, load, parameters), has_room)
+        options.append(option)
         workers.append(load)
-    scores = [_score(option, load, view, parameters) for option, load in zip(options, workers, strict=True)]
+        scores.append(_score(option, load, view, parameters))
     best = scores.index(max(scores))
     num_here = len(options)
     if view.movable and _gain(options[best]) < MOVE_BELOW:
         for load in shortlist_movable(view):
-            options.append(_judge(view, parameters, load, estimate_moved(view, load, parameters), has_room=True))
+            option = _judge(view, parameters, load, estimate_moved(view, load, parameters), has_room=True)
+            options.append(option)
             workers.append(load)
-            scores.append(_score(options[-1], load, view, parameters))
+            scores.append(_score(option, load, view, parameters))
         best = scores.index(max(scores))
     reason = f"{_gain(options[best]):+.2f} rounds on time"
     return decide(workers[best], options[best], reason, tuple(options), moves_session=best >= num_here)
@@ -86,7 +88,9 @@ def shortlist(view: RoutingView) -> list[WorkerLoad]:
                 first_s = backlog_s
             else:
                 second, second_s = load, backlog_s
-    chosen = [load for load in (first, second) if load is not None]
+    assert first is not None
+    assert second is not None
+    chosen = [first, second]
     if view.resident:
         resident = view.resident
         holders = [load for load in workers if load.worker_id in resident and load not in chosen]

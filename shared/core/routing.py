@@ -159,9 +159,9 @@ def estimate_remote(view: RoutingView, load: WorkerLoad, parameters: RoutingPara
     The history is pulled while the task waits; the increment goes back layer by layer while it is computed.
     """
     decode, total = view.decode, view.num_total_tokens
-    kept = min(view.resident.get(load.worker_id, 0), total - 1)
-    readable = view.num_cached_tokens if parameters.reads_history else 0
-    history = min(max(kept, readable), total - 1)
+    kept = history = min(view.resident.get(load.worker_id, 0), total - 1)
+    if parameters.reads_history and view.num_cached_tokens > history:
+        history = min(view.num_cached_tokens, total - 1)
     num_new = total - history
     pull_s = transfer_s(decode, load, history - kept)
     num_back = total - view.num_cached_tokens

@@ -42,9 +42,9 @@ def plan_saving(
     batch, mean_context = beside.batch, beside.mean_context
     least, most = parameters.min_chunk_tokens, parameters.max_prefill_tokens
     worth = costs.efficient_chunk(batch, WASTEFUL_SHARE, least, most)
-    limit_s = parameters.itl_share * beside.itl_slo_s
     if worth <= least or num_new <= least:
         return None
+    limit_s = parameters.itl_share * beside.itl_slo_s
     if costs.chunk_step_s(batch, mean_context, num_history, min(worth, num_new)) <= limit_s:
         return None
     decode_s = costs.decode_step_s(batch, mean_context)

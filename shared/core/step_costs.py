@@ -17,7 +17,7 @@ PREFILL_STEP_TOKENS = 8_192  # T_pre of more tokens is the sum of steps of this 
 class PiecewiseLinear:
     """y(x) through ascending points; beyond the ends the nearest piece goes on, never below 0."""
 
-    __slots__ = ("_cuts", "_offsets", "_slopes", "_xs", "_ys")
+    __slots__ = ("_cuts", "_inner_ys", "_offsets", "_slopes", "_xs", "_ys")
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
         self._xs = [float(x) for x in xs]
@@ -27,20 +27,20 @@ class PiecewiseLinear:
             for x0, x1, y0, y1 in zip(self._xs, self._xs[1:], self._ys, self._ys[1:], strict=False)
         ]
         self._offsets = [y - x * slope for x, y, slope in zip(self._xs, self._ys, self._slopes, strict=False)]
-        self._cuts = self._xs[1:-1]  # the first and the last piece have no end
+        self._cuts, self._inner_ys = self._xs[1:-1], self._ys[1:-1]  # the first and the last piece have no end
 
     @classmethod
     def of(cls, curve: Curve) -> PiecewiseLinear:
         return cls(curve.at, curve.s)
 
-    def __call__(self, x: float) -> float:
+    def at(self, x: float) -> float:
         index = bisect_right(self._cuts, x)
         y = self._offsets[index] + x * self._slopes[index]
         return y if y > 0.0 else 0.0
 
     def piece_at(self, y: float) -> tuple[float, float]:
         """(offset, slope) of the piece that reaches `y`; y must ascend."""
-        index = min(max(0, bisect_right(self._ys, y) - 1), len(self._slopes) - 1)
+        index = bisect_right(self._inner_ys, y)
         return self._offsets[index], self._slopes[index]
 
     def inverse(self, y: float) -> float:
@@ -71,7 +71,7 @@ class Bilinear:
             for row in range(len(grid.rows) - 1)
         ]
 
-    def __call__(self, row: float, column: float) -> float:
+    def at(self, row: float, column: float) -> float:
         a, b, c, d = self._cells[bisect_right(self._row_cuts, row)][bisect_right(self._column_cuts, column)]
         y = a + b * column + row * (c + d * column)
         return y if y > 0.0 else 0.0
@@ -114,10 +114,10 @@ class StepCosts:
         self.linear = PiecewiseLinear.of(degree.linear)
         self.attend = Bilinear(degree.prefill_attention)
         self.decode_attend = Bilinear(degree.decode_attention)
-        self.attend_floor_s = self.attend(0, 1)
-        self.token_s = self.linear(FULL_STEP_TOKENS) / FULL_STEP_TOKENS
+        self.attend_floor_s = self.attend.at(0, 1)
+        self.token_s = self.linear.at(FULL_STEP_TOKENS) / FULL_STEP_TOKENS
         self._attended = self._attended_before = (0, 1, self.attend_floor_s)
-        self._decode_attended = (0, 0.0, self.decode_attend(0, 0.0))
+        self._decode_attended = (0, 0.0, self.decode_attend.at(0, 0.0))
         self._efficient: dict[tuple[int, float, int, int], int] = {}
         self.parallel_degree = degree.parallel_degree
         self.num_kv_tokens = degree.num_kv_tokens
@@ -141,7 +141,7 @@ class StepCosts:
         asked_history, asked_new, attended_s = self._attended_before
         if asked_history == num_history and asked_new == num_new:
             return attended_s
-        attended_s = self.attend(num_history, num_new)
+        attended_s = self.attend.at(num_history, num_new)
         self._attended_before = self._attended
         self._attended = (num_history, num_new, attended_s)
         return attended_s
@@ -151,7 +151,7 @@ class StepCosts:
         asked_batch, asked_context, attended_s = self._decode_attended
         if asked_batch == batch and asked_context == mean_context:
             return attended_s
-        attended_s = self.decode_attend(batch, mean_context)
+        attended_s = self.decode_attend.at(batch, mean_context)
         self._decode_attended = (batch, mean_context, attended_s)
         return attended_s
 
@@ -164,7 +164,7 @@ class StepCosts:
         """T_dec: one token for each of `batch` sequences."""
         if batch <= 0:
             return 0.0
-        return self.scale * (self.linear(batch) + self.decode_attend_s(batch, mean_context))
+        return self.scale * (self.linear.at(batch) + self.decode_attend_s(batch, mean_context))
 
     def step_s(self, batch: int, mean_context: float, chunks: Sequence[tuple[int, int]]) -> float:
         """A mixed step: `batch` decodes and prefill chunks (history tokens, chunk tokens).
@@ -177,24 +177,24 @@ class StepCosts:
             num_tokens += chunk
             attended_s = self.attend_s(history, chunk)
             attention_s += attended_s if index == 0 else max(0.0, attended_s - self.attend_floor_s)
-        return self.scale * (self.linear(num_tokens) + attention_s) if num_tokens else 0.0
+        return self.scale * (self.linear.at(num_tokens) + attention_s) if num_tokens else 0.0
 
     def chunk_step_s(self, batch: int, mean_context: float, num_history: int, num_new: int) -> float:
         """`step_s` with one prefill chunk, of one token at least: what every prediction asks for."""
         attention_s = self.attend_s(num_history, num_new)
         if batch:
             attention_s += self.decode_attend_s(batch, mean_context)
-        return self.scale * (self.linear(batch + num_new) + attention_s)
+        return self.scale * (self.linear.at(batch + num_new) + attention_s)
 
     def prefill_s(self, num_history: int, num_new: int) -> float:
         """T_pre: a prefill alone on the worker."""
         total_s = 0.0
         while num_new > PREFILL_STEP_TOKENS:
-            total_s += self.linear(PREFILL_STEP_TOKENS) + self.attend(num_history, PREFILL_STEP_TOKENS)
+            total_s += self.linear.at(PREFILL_STEP_TOKENS) + self.attend.at(num_history, PREFILL_STEP_TOKENS)
             num_history += PREFILL_STEP_TOKENS
             num_new -= PREFILL_STEP_TOKENS
         if num_new > 0:
-            total_s += self.linear(num_new) + self.attend_s(num_history, num_new)
+            total_s += self.linear.at(num_new) + self.attend_s(num_history, num_new)
         return self.scale * total_s
 
     def sliced_prefill_s(
@@ -211,15 +211,17 @@ class StepCosts:
         """A prefill beside `batch` decodes, in equal chunks as large as keep each step within `limit_s`; chunks are of
         min_chunk tokens at least and max_chunk at most. As many steps as the linear piece that reaches the limit and
         the attention in all ask for: no chunk is sought."""
+        limit_s /= self.scale
         decode_s = self.decode_attend_s(batch, mean_context)
         attended_s = max(0.0, self.attend_s(num_history, num_new) - self.attend_floor_s)
-        offset, slope = self.linear.piece_at(limit_s / self.scale - decode_s)
-        room_s = limit_s / self.scale - (offset + slope * batch + decode_s + self.attend_floor_s)
-        least, most = -(-num_new // max_chunk), -(-num_new // min_chunk)
-        wanted = ceil((slope * num_new + attended_s) / room_s) if room_s > 0.0 else most
-        num_steps = max(least, min(most, wanted))
+        offset, slope = self.linear.piece_at(limit_s - decode_s)
+        room_s = limit_s - (offset + slope * batch + decode_s + self.attend_floor_s)
+        num_steps = -(-num_new // min_chunk)
+        if room_s > 0.0:
+            num_steps = min(num_steps, ceil((slope * num_new + attended_s) / room_s))
+        num_steps = max(num_steps, -(-num_new // max_chunk))
         chunk = num_new / num_steps
-        step_s = self.linear(batch + chunk) + decode_s + self.attend(num_history + num_new / 2, chunk)
+        step_s = self.linear.at(batch + chunk) + decode_s + self.attend.at(num_history + num_new / 2, chunk)
         return self.scale * num_steps * step_s
 
     def count_fitting_tokens(self, batch: int, mean_context: float, limit_s: float) -> int:
@@ -232,14 +234,16 @@ class StepCosts:
         `share` of the best rate up to `most` is reached; attention to a history aside, which costs the same in any
         chunks."""
         asked = (batch, share, least, most)
-        if asked not in self._efficient:
+        found = self._efficient.get(asked)
+        if found is None:
             sizes = [least << power for power in range(32) if least << power <= max(least, most)]
-            decode_s = self.linear(batch) if batch else 0.0
-            added_s = [self.linear(batch + size) + self.attend_floor_s - decode_s for size in sizes]
+            decode_s = self.linear.at(batch) if batch else 0.0
+            added_s = [self.linear.at(batch + size) + self.attend_floor_s - decode_s for size in sizes]
             rates = [size / max(MIN_ADDED_S, one_s) for size, one_s in zip(sizes, added_s, strict=True)]
             enough = share * max(rates)
-            self._efficient[asked] = next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
-        return self._efficient[asked]
+            found = next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
+            self._efficient[asked] = found
+        return found
 
     def largest_chunk(self, batch: int, mean_context: float, num_history: int, budget_s: float) -> int:
         """The most prefill tokens that fit into a step of `budget_s` beside the decodes; 0 when none does."""
@@ -248,8 +252,8 @@ class StepCosts:
         low, high = 0, int(linear.inverse(rest_s)) - batch  # more cannot fit, attention aside
         if high <= 0:
             return 0
-        over_low = linear(batch) + attend(num_history, 0) - rest_s
-        over_high = linear(batch + high) + attend(num_history, high) - rest_s
+        over_low = linear.at(batch) + attend.at(num_history, 0) - rest_s
+        over_high = linear.at(batch + high) + attend.at(num_history, high) - rest_s
         if over_low > 0.0:
             return 0
         if over_high <= 0.0:
@@ -258,7 +262,7 @@ class StepCosts:
         while high - low > CHUNK_STEP:  # false position; the end that stays twice counts half (the Illinois method)
             chunk = low + int((high - low) * over_low / (over_low - over_high))
             chunk = min(max(chunk, low + 1), high - 1)
-            over = linear(batch + chunk) + attend(num_history, chunk) - rest_s
+            over = linear.at(batch + chunk) + attend.at(num_history, chunk) - rest_s
             if over <= 0.0:
                 low, over_low = chunk, over
                 over_high *= 0.5 if was_low is True else 1.0
@@ -284,4 +288,4 @@ class StepCost:
         costs = self._costs
         self._num_tokens += chunk
         self._attention_s += max(0.0, costs.attend_s(history, chunk) - costs.attend_floor_s)
-        return costs.scale * (costs.linear(self._num_tokens) + self._attention_s)
+        return costs.scale * (costs.linear.at(self._num_tokens) + self._attention_s)

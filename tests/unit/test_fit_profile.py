@@ -74,10 +74,10 @@ def test_known_costs_come_back_through_five_percent_of_noise(seed: int, quick: b
 def test_without_noise_the_parts_themselves_are_told_apart() -> None:
     costs = costs_of(fit(measure(choose_training_shapes(LIMITS, quick=False), 0.0, 1)))
     for history, chunk in ((1024, 64), (3072, 256), (7360, 512)):
-        more_s = costs.attend(history, chunk) - costs.attend(0, chunk)
+        more_s = costs.attend.at(history, chunk) - costs.attend.at(0, chunk)
         assert more_s == pytest.approx(true_attention_s(history, chunk) - true_attention_s(0, chunk), rel=0.05)
     # what a chunk costs over eight of an eighth of it is attention alone
-    curvature_s = costs.attend(0, 512) - 8 * costs.attend(0, 64)
+    curvature_s = costs.attend.at(0, 512) - 8 * costs.attend.at(0, 64)
     assert curvature_s == pytest.approx(true_attention_s(0, 512) - 8 * true_attention_s(0, 64), rel=0.1)
     # longer than anything measured: the square goes on
     assert costs.prefill_s(0, 8192) == pytest.approx(true_step_s(StepShape(chunks=((0, 8192),))), rel=0.05)

@@ -37,10 +37,10 @@ DEGREE = DegreeProfile(
 
 def test_a_curve_goes_through_its_points_straight_between_and_on_beyond() -> None:
     curve = PiecewiseLinear((10, 20, 40), (1.0, 2.0, 10.0))
-    assert [curve(x) for x in (10, 20, 40)] == [1.0, 2.0, 10.0]
-    assert (curve(15), curve(30)) == (1.5, 6.0)
-    assert (curve(5), curve(45)) == (0.5, 12.0), "with the slopes of the nearest pieces"
-    assert curve(-100) == 0.0, "never below 0"
+    assert [curve.at(x) for x in (10, 20, 40)] == [1.0, 2.0, 10.0]
+    assert (curve.at(15), curve.at(30)) == (1.5, 6.0)
+    assert (curve.at(5), curve.at(45)) == (0.5, 12.0), "with the slopes of the nearest pieces"
+    assert curve.at(-100) == 0.0, "never below 0"
 
 
 ascending = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=2, max_size=8)
@@ -58,8 +58,8 @@ def test_inverse_is_the_largest_x_that_is_not_above(pieces: list[tuple[int, int]
     if y < 2:
         assert x < xs[0]
     else:
-        assert curve(x) == pytest.approx(y) or curve(x) <= y
-        assert curve(x + 1e-3) > y
+        assert curve.at(x) == pytest.approx(y) or curve.at(x) <= y
+        assert curve.at(x + 1e-3) > y
 
 
 def test_inverse_of_a_curve_that_ends_flat_is_its_last_point() -> None:
@@ -71,13 +71,13 @@ def test_inverse_of_a_curve_that_ends_flat_is_its_last_point() -> None:
 def test_a_grid_is_bilinear_between_its_points_and_beyond() -> None:
     grid = Bilinear(GRID)
     for row, times in zip(GRID.rows, GRID.s, strict=True):
-        assert [grid(row, column) for column in GRID.columns] == pytest.approx(times)
-    assert grid(500, 101) == pytest.approx(0.3)
-    assert grid(0, 51) == pytest.approx(0.05)
-    assert grid(500, 51) == pytest.approx((0.05 + 0.35) / 2)
-    assert grid(2_000, 101) == pytest.approx(0.9), "rows go on with the last slope"
-    assert grid(0, 301) == pytest.approx(0.5), "columns too"
-    assert grid(0, -1_000) == 0.0
+        assert [grid.at(row, column) for column in GRID.columns] == pytest.approx(times)
+    assert grid.at(500, 101) == pytest.approx(0.3)
+    assert grid.at(0, 51) == pytest.approx(0.05)
+    assert grid.at(500, 51) == pytest.approx((0.05 + 0.35) / 2)
+    assert grid.at(2_000, 101) == pytest.approx(0.9), "rows go on with the last slope"
+    assert grid.at(0, 301) == pytest.approx(0.5), "columns too"
+    assert grid.at(0, -1_000) == 0.0
 
 
 # ------------------------------------------------------------------------------ a step's parts
@@ -91,7 +91,7 @@ def test_steps_are_the_sum_of_their_parts() -> None:
     assert costs.step_s(3, 500.0, []) == costs.decode_step_s(3, 500.0)
     assert costs.step_s(0, 0.0, [(0, 101)]) == costs.prefill_s(0, 101) == pytest.approx(0.0202 + 0.1)
     mixed_s = costs.step_s(1, 1_000.0, [(0, 101), (1_000, 201)])
-    assert mixed_s == pytest.approx(costs.linear(303) + 0.01 + 0.1 + 0.7)
+    assert mixed_s == pytest.approx(costs.linear.at(303) + 0.01 + 0.1 + 0.7)
 
 
 def test_scale_multiplies_what_is_computed_and_no_transfer() -> None:
@@ -168,8 +168,8 @@ few = st.sampled_from((0, 1, 8, 300, 4_000))  # asked for again, in any order
 def test_attention_asked_again_is_the_same(asked: list[tuple[int, int, int, int]]) -> None:
     costs = StepCosts.from_profile(PROFILE, 2, scale=2.0)
     for batch, mean_context, num_history, num_new in asked:
-        assert costs.attend_s(num_history, num_new) == costs.attend(num_history, num_new)
-        assert costs.decode_attend_s(batch, mean_context) == costs.decode_attend(batch, mean_context)
+        assert costs.attend_s(num_history, num_new) == costs.attend.at(num_history, num_new)
+        assert costs.decode_attend_s(batch, mean_context) == costs.decode_attend.at(batch, mean_context)
 
 
 @given(st.integers(0, 200), st.integers(0, 20_000), st.integers(0, 50_000), st.integers(1, 8_192))
