@@ -346,3 +346,15 @@ def test_unknown_policies_and_parts_are_answered_with_those_there_are() -> None:
         find_policy("best")
     with pytest.raises(AmpdError, match="slack_chunks"):
         switch_off(find_policy("adaptive"), "everything")
+
+
+@pytest.mark.parametrize("binding", ["least_loaded", "least_active"])
+@pytest.mark.parametrize(("correction", "chosen"), [(1.0, 1), (1.15, 1), (1.5, 0)])
+def test_a_worker_measured_a_little_slower_is_as_good(binding: Any, correction: float, chosen: int) -> None:
+    """An idle session comes back to where it is bound: a new one next to it, on an idle worker, would wait for it."""
+    taken, free = load("a", num_promised_tokens=2_000), load("b")
+    free.decode_correction = correction
+    workers = [taken, free]
+    assert choose_binding(workers, binding, NOW) is workers[chosen]
+    free.decode_correction, taken.decode_correction = 1.0, correction
+    assert choose_binding(workers, binding, NOW) is free
