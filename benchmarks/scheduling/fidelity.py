@@ -92,6 +92,8 @@ def simulate_at_its_speed(
     runs = json.loads((args.out / "live" / "compare.json").read_text())["runs"]
     folders = [args.out / "live" / one["folder"] for one in runs if (one["policy"], one["rate"]) == (policy, rate)]
     times = [one for folder in folders for one in (read_run(folder / RUN).step_times or {}).values()]
+    if not times:
+        raise SystemExit(f"{policy} at {rate:g}/s: run.json has no step_times, so that its speed is not known")
     prefill, decode = measure_speed(times)
     out = args.out / "at_its_speed" / f"{policy}-{rate:g}"
     out.mkdir(parents=True, exist_ok=True)
