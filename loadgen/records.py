@@ -113,7 +113,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     warm_up_s: float = 0.0
     until_s: float | None = None
     simulation: dict[str, Any] | None = None
-    step_times: dict[str, StepTimes] | None = None  # of live workers that have a profile, by their names
+    step_times: dict[str, StepTimes] | None = None  # of live workers that have a profile, since each began
 
 
 def record_unsent(

@@ -3,8 +3,8 @@
 `--engine emulated`: the live services, bus and coordinator with durations from the same profile; `--engine torch`: the
 real model on this machine, simulated with the profile that `ampd profile` measured here. Both runs are made by
 `loadgen compare`; what is compared is the attainment of each policy at each rate. The torch runs are simulated a second
-time at the speed that the live workers' steps had in each (machine_speed.py): what is off then is the simulator's, the
-rest is the profile's and the machine's of that hour.
+time at the speed that the live workers' steps had in each (machine_speed.py): what is off then is the simulator's, or
+chance; the rest is the profile's and the machine's of that hour.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def main() -> int:
     simulated, live = build_commands(args, common)
     for command in (simulated, live):
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    live_runs = read_runs(args.out / "live")
-    rows = compare_runs(read_runs(args.out / "simulated"), live_runs)
+    rows = compare_runs(read_runs(args.out / "simulated"), read_runs(args.out / "live"))
     if args.engine == "torch":
         for row in rows:
             row |= simulate_at_its_speed(args, common, row["policy"], row["rate"], row["live"])

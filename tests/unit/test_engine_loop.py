@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.core.batching import Sequence, SessionKv
+from shared.core.sequences import PlannedItem
 from shared.core.types import RoundKey, SessionKey
 from shared.engine.engine_loop import EngineLoop, build_scheduler
 from shared.engine.model_files import resolve_model
@@ -110,14 +111,22 @@ async def test_a_step_takes_from_the_end_of_the_one_before(model_dir: Path, monk
     runner = ModelRunner.load(model_dir, dtype="float32", num_blocks=100)
     scheduler = build_scheduler(runner, chunk_tokens=8, max_prefill_tokens=8, max_batch=4)
     engine = EngineLoop(runner, scheduler, clock=lambda: now_s)
-    step = runner.step
+    step, plan_step = runner.step, scheduler.plan_step
+    idle = asyncio.Event()
 
     def take_a_second(items: list[StepItem]) -> list[int | None]:
         nonlocal now_s
         now_s += 1.0
         return step(items)
 
+    def plan(at_s: float) -> list[PlannedItem]:
+        planned = plan_step(at_s)
+        if not planned:
+            idle.set()
+        return planned
+
     monkeypatch.setattr(runner, "step", take_a_second)
+    monkeypatch.setattr(scheduler, "plan_step", plan)
     monkeypatch.setattr(scheduler.predictor, "observe", lambda *step: taken_s.append(step[-1]))
     loop_task = asyncio.create_task(engine.run())
     try:
@@ -125,19 +134,17 @@ async def test_a_step_takes_from_the_end_of_the_one_before(model_dir: Path, monk
             key = SessionKey("t", name)
             kv = scheduler.sessions[key] = SessionKv(key)
             kv.tokens.extend(range(5))
-            ended = asyncio.Event()
+            idle.clear()
 
-            def on_token(sequence: Sequence, token: int, ended: asyncio.Event = ended) -> None:
+            def on_token(sequence: Sequence, token: int) -> None:
                 nonlocal now_s
                 now_s += 0.25
                 if sequence.kv.num_tokens == 8:
                     engine.finish(sequence)
-                    ended.set()
 
             round_key = RoundKey(*key, 0, 1)
             engine.submit(Sequence(round_key, kv, SamplingParams(), kv.num_tokens, arrival=now_s), on_token)
-            await asyncio.wait_for(ended.wait(), 30)
-            await asyncio.sleep(0.01)  # it waits for work
+            await asyncio.wait_for(idle.wait(), 30)
             now_s += 100.0
     finally:
         loop_task.cancel()
